@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engine settings: small frozen dataclasses, checked when made. Owns no defaults of models and no device choice."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from neuron_paged.errors import ConfigError
+
+KV_CACHE_DTYPES = ("auto", "fp32", "bf16", "fp16", "fp8")
+
+
+def _need_int(owner: str, name: str, value: object, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ConfigError(f"{owner}.{name}: got {value!r}, need an integer >= {low}.")
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The KV cache.
+
+    block_size: tokens per block, >= 8. num_blocks: blocks per layer, null block included; None sizes it from
+    `kv_cache_memory_bytes`. kv_cache_memory_bytes: memory for all layers together; None takes a quarter of what is free, at most
+    what max_num_seqs sequences of max_model_len could use. num_swap_blocks: host blocks that preempted sequences are swapped
+    to (0: preempt by recompute). kv_cache_dtype: "auto" is the model's. enable_prefix_caching: reuse full blocks of equal prefixes.
+    """
+
+    block_size: int = 32
+    num_blocks: int | None = None
+    kv_cache_memory_bytes: int | None = None
+    num_swap_blocks: int = 0
+    kv_cache_dtype: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
+    enable_prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        _need_int("CacheConfig", "block_size", self.block_size, 8)
+        if self.num_blocks is not None:
+            _need_int("CacheConfig", "num_blocks", self.num_blocks, 2)
+        if self.kv_cache_memory_bytes is not None:
+            _need_int("CacheConfig", "kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1)
+        _need_int("CacheConfig", "num_swap_blocks", self.num_swap_blocks, 0)
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise ConfigError(
+                f"CacheConfig.kv_cache_dtype: got {self.kv_cache_dtype!r}, need one of {KV_CACHE_DTYPES}."
+            )
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Limits of one step (vLLM's names).
+
+    max_num_seqs: sequences running at once. max_num_batched_tokens: tokens computed per step, over all sequences; longer
+    prompts are prefilled in chunks. max_model_len: prompt plus output tokens of one sequence. preemption: what happens to a
+    running sequence when blocks run out ("swap" needs CacheConfig.num_swap_blocks and falls back to recompute when full).
+    policy: order of waiting requests; "priority" serves the lowest `priority` first and preempts the highest.
+    """
+
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 512
+    max_model_len: int = 2048
+    preemption: Literal["recompute", "swap"] = "recompute"
+    policy: Literal["fcfs", "priority"] = "fcfs"
+
+    def __post_init__(self) -> None:
+        _need_int("SchedulerConfig", "max_num_seqs", self.max_num_seqs, 1)
+        _need_int("SchedulerConfig", "max_num_batched_tokens", self.max_num_batched_tokens, 1)
+        _need_int("SchedulerConfig", "max_model_len", self.max_model_len, 2)
+        for name, allowed in (
+            ("preemption", ("recompute", "swap")),
+            ("policy", ("fcfs", "priority")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"SchedulerConfig.{name}: got {getattr(self, name)!r}, need one of {allowed}."
+                )
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What an engine needs to know besides the model."""
+
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+
+    def __post_init__(self) -> None:
+        if self.scheduler.preemption == "swap" and self.cache.num_swap_blocks == 0:
+            raise ConfigError(
+                "SchedulerConfig.preemption: got 'swap' with CacheConfig.num_swap_blocks = 0, need host blocks to swap "
+                "to; set num_swap_blocks or use preemption='recompute'."
+            )

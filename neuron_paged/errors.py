@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every error a user can meet on purpose.
+
+Owns the classes only. A message says what argument, what came, what is needed and what to do. Errors caused by the
+caller's input are also ValueError; the CLI prints any NeuronPagedError as one line and exits with code 2.
+"""
+
+
+class NeuronPagedError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class InvalidRequestError(NeuronPagedError, ValueError):
+    """A request or an argument can't be served as given."""
+
+
+class InvalidSamplingParamsError(InvalidRequestError):
+    """A sampling parameter is of the wrong type, NaN or out of range."""
+
+
+class PromptTooLongError(InvalidRequestError):
+    """Prompt (plus at least one new token) exceeds `max_model_len`, or the whole KV cache."""
+
+
+class ConfigError(NeuronPagedError, ValueError):
+    """An engine, cache or scheduler setting is impossible."""
+
+
+class OutOfBlocksError(NeuronPagedError):
+    """The KV cache can't hold what is asked; raised where waiting would not help."""
+
+
+class ModelNotFoundError(NeuronPagedError, ValueError):
+    """No model at this path or name."""
+
+
+class UnsupportedModelError(NeuronPagedError, ValueError):
+    """The model's architecture or a part of its configuration is not implemented; says which."""
+
+
+class CheckpointError(NeuronPagedError, ValueError):
+    """Checkpoint files are missing, truncated, of the wrong shape, or have unknown or missing names."""
+
+
+class StepError(NeuronPagedError, RuntimeError):
+    """A model step failed. Its requests were aborted and their blocks freed; the engine stays usable."""
+
+
+class IntegrityError(NeuronPagedError, AssertionError):
+    """Block accounting is inconsistent: a defect in the engine, never the user's fault."""
