@@ -18,10 +18,13 @@ def _need_int(owner: str, name: str, value: object, low: int) -> None:
 class CacheConfig:
     """The KV cache.
 
-    block_size: tokens per block, >= 8. num_blocks: blocks per layer, null block included; None sizes it from
-    `kv_cache_memory_bytes`. kv_cache_memory_bytes: memory for all layers together; None takes a quarter of what is free, at most
-    what max_num_seqs sequences of max_model_len could use. num_swap_blocks: host blocks that preempted sequences are swapped
-    to (0: preempt by recompute). kv_cache_dtype: "auto" is the model's. enable_prefix_caching: reuse full blocks of equal prefixes.
+    block_size: tokens per block, >= 8.
+    num_blocks: blocks per layer, null block included; None sizes it from kv_cache_memory_bytes.
+    kv_cache_memory_bytes: memory of all layers together; None takes a quarter of what is free, at most what
+        max_num_seqs sequences of max_model_len tokens could use.
+    num_swap_blocks: host blocks that preempted sequences are swapped to; 0 preempts by recompute.
+    kv_cache_dtype: "auto" is the model's.
+    enable_prefix_caching: reuse the full blocks of equal prefixes.
     """
 
     block_size: int = 32
@@ -48,9 +51,11 @@ class CacheConfig:
 class SchedulerConfig:
     """Limits of one step (vLLM's names).
 
-    max_num_seqs: sequences running at once. max_num_batched_tokens: tokens computed per step, over all sequences; longer
-    prompts are prefilled in chunks. max_model_len: prompt plus output tokens of one sequence. preemption: what happens to a
-    running sequence when blocks run out ("swap" needs CacheConfig.num_swap_blocks and falls back to recompute when full).
+    max_num_seqs: sequences running at once.
+    max_num_batched_tokens: tokens computed per step over all sequences; longer prompts are prefilled in chunks.
+    max_model_len: prompt plus output tokens of one sequence.
+    preemption: what happens to a running sequence when blocks run out; "swap" needs CacheConfig.num_swap_blocks
+        and falls back to recompute when those are full.
     policy: order of waiting requests; "priority" serves the lowest `priority` first and preempts the highest.
     """
 
@@ -69,9 +74,7 @@ class SchedulerConfig:
             ("policy", ("fcfs", "priority")),
         ):
             if getattr(self, name) not in allowed:
-                raise ConfigError(
-                    f"SchedulerConfig.{name}: got {getattr(self, name)!r}, need one of {allowed}."
-                )
+                raise ConfigError(f"SchedulerConfig.{name}: got {getattr(self, name)!r}, need one of {allowed}.")
 
 
 @dataclass(frozen=True)
