@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operators: importing this package registers `torch.ops.neuron_paged.*`."""
+
+from neuron_paged.ops import cpu, fake, schema
+
+__all__ = ["cpu", "fake", "schema"]
