@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where results go: JSON files that appear whole or not at all, and plain-text tables."""
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from neuron_paged.errors import InvalidRequestError
+
+STDOUT = "-"
+
+
+def check_json_target(target: str | None) -> None:
+    """Raise InvalidRequestError if `--json target` can't be written; called before any work is done."""
+    if target is None or target == STDOUT:
+        return
+    path = Path(target)
+    if path.is_dir():
+        raise InvalidRequestError(f"--json: {target} is a folder, need the name of a file.")
+    if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
+        raise InvalidRequestError(f"--json: {target} can't be written; give another file.")
+    try:
+        # Made and removed on the spot: the one check that also covers read-only file systems.
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+            pass
+    except OSError as error:
+        raise InvalidRequestError(
+            f"--json: can't write to the folder of {target}: {error.strerror}; give another file."
+        ) from error
+
+
+def write_json(target: str | None, document: Any) -> None:
+    """Write `document` to the file `target` (temporary file, then rename), to stdout for "-", nowhere for None."""
+    if target is None:
+        return
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    if target == STDOUT:
+        sys.stdout.write(text)
+        return
+    path = Path(target).resolve()  # through symbolic links, so that the rename does not replace the link
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as file:
+            temporary = file.name
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        # A temporary file is private to its owner; the result follows the umask like any other new file.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~umask)
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        raise InvalidRequestError(f"--json: could not write {target}: {error.strerror}.") from error
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A plain-text table: first column to the left, the others to the right."""
+    cells = [list(header), *([format_cell(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = []
+    for row in cells:
+        first, *others = row
+        aligned = [first.ljust(widths[0]), *(text.rjust(width) for text, width in zip(others, widths[1:], strict=True))]
+        lines.append("  ".join(aligned).rstrip())
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def format_cell(value: object) -> str:
+    """Numbers with three significant digits or more, None as a dash."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        magnitude = abs(value)
+        return f"{value:.0f}" if magnitude >= 1000 else f"{value:.1f}" if magnitude >= 10 else f"{value:.2f}"
+    return str(value)
