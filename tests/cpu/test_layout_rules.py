@@ -78,8 +78,8 @@ def compile_name(path: str, text: str, tree: ast.Module) -> Iterator[Finding]:
 
 def relative_imports(path: str, text: str, tree: ast.Module) -> Iterator[Finding]:
     for line, module in imports(tree):
-        if module.startswith(".."):
-            yield line, "outside the own folder write absolute imports: they show the arrow"
+        if module.startswith(".") and Path(path).parts[0] == "neuron_paged":
+            yield line, "write absolute imports: the rule about rooms reads them"
 
 
 def leaf_packages(path: str, text: str, tree: ast.Module) -> Iterator[Finding]:
@@ -176,7 +176,7 @@ BROKEN = [
     (compile_name, "neuron_paged/x.py", "self.compile = 1\n"),
     (compile_name, "neuron_paged/compile.py", ""),
     (compile_name, "tests/compile/test_x.py", ""),
-    (relative_imports, "neuron_paged/x.py", "from ..errors import ConfigError\n"),
+    (relative_imports, "neuron_paged/x.py", "from .errors import ConfigError\n"),
     (leaf_packages, "compile/x.py", "from nki_kernels.layout import NULL_BLOCK_ID\n"),
     (leaf_packages, "compile/x.py", "def f():\n    from neuron_paged.errors import ConfigError\n"),
     (leaf_packages, "compile/x.py", "import torch\n"),
