@@ -5,6 +5,8 @@ Owns the classes only. A message says what argument, what came, what is needed a
 caller's input are also ValueError; the CLI prints any NeuronPagedError as one line and exits with code 2.
 """
 
+from typing import Any
+
 
 class NeuronPagedError(Exception):
     """Base of all errors raised on purpose."""
@@ -43,7 +45,14 @@ class CheckpointError(NeuronPagedError, ValueError):
 
 
 class StepError(NeuronPagedError, RuntimeError):
-    """A model step failed. Its requests were aborted and their blocks freed; the engine stays usable."""
+    """A model step failed. Its requests were aborted and their blocks freed; the engine stays usable.
+
+    outputs: the last RequestOutput of every request of that step, with finish_reason "error".
+    """
+
+    def __init__(self, message: str, outputs: tuple[Any, ...] = ()) -> None:
+        super().__init__(message)
+        self.outputs = outputs
 
 
 class IntegrityError(NeuronPagedError, AssertionError):
