@@ -112,6 +112,11 @@ class SamplingParams:
             or self.min_tokens > 0
         )
 
+    @property
+    def needs_logprobs(self) -> bool:
+        """True if the sampled tokens' logprobs are reported or rank the completions."""
+        return self.logprobs is not None or self.num_samples > self.n
+
     def with_output_kind(self, kind: RequestOutputKind) -> "SamplingParams":
         """The same parameters with another output_kind."""
         return self if self.output_kind is kind else replace(self, output_kind=kind)

@@ -111,7 +111,7 @@ class SamplingState:
     made again from the tokens, so preemption needs no care.
     """
 
-    __slots__ = ("params", "seed", "sample_index", "uniforms", "_end_token_ids", "_vocab_size", "_edits")
+    __slots__ = ("params", "is_argmax", "seed", "sample_index", "uniforms", "_end_token_ids", "vocab_size", "_edits")
 
     def __init__(
         self,
@@ -123,11 +123,13 @@ class SamplingState:
         sample_index: int = 0,
     ) -> None:
         self.params = params
+        # The argmax of the model's logits and nothing else.
+        self.is_argmax = params.is_greedy and not params.changes_logits and not params.needs_logprobs
         self.seed = seed
         self.sample_index = sample_index
         self.uniforms = UniformStream(seed, sample_index)
         self._end_token_ids = end_token_ids
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         self._edits = _EditTable(params, end_token_ids, vocab_size) if params.changes_logits else None
 
     def for_sample(self, sample_index: int) -> "SamplingState":
@@ -135,7 +137,7 @@ class SamplingState:
         return SamplingState(
             self.params,
             seed=self.seed,
-            vocab_size=self._vocab_size,
+            vocab_size=self.vocab_size,
             end_token_ids=self._end_token_ids,
             sample_index=sample_index,
         )
