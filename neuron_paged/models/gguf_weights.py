@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GGUF files (llama.cpp's) as a tensor source: names, dequantisation and the order of rotary rows.
+"""llama.cpp's names in a GGUF file → a transformers config and transformers' tensor names, rows in transformers' order.
 
-transformers reads the config and the tokenizer of the same file; its own tensor path needs `accelerate` and twice the
-memory, so tensors are read here through the package `gguf`.
+transformers itself reads GGUF configs in 6 s and tensors only with `accelerate`; both take their facts from here.
 """
 
 import re
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,14 +14,25 @@ from torch import Tensor
 
 from neuron_paged.errors import CheckpointError, UnsupportedModelError
 from neuron_paged.models.config import ModelConfig
+from neuron_paged.models.gguf_file import GGUFFile
+from neuron_paged.models.registry import find_family
 
 if TYPE_CHECKING:
     import numpy as np
+    from transformers import PretrainedConfig
 
-GGUF_MAGIC = b"GGUF"
 # Architectures whose q and k rows llama.cpp stores for interleaved rotation (its converter permutes them).
-_INTERLEAVED_ROPE = ("llama",)
+_INTERLEAVED_ROPE = ("llama", "smollm3")
+_ROPE_FACTORS = "rope_freqs.weight"
 
+_CONFIG_KEYS = {
+    "max_position_embeddings": "context_length",
+    "num_hidden_layers": "block_count",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+}
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = {
     "attn_norm": "input_layernorm",
@@ -38,7 +47,6 @@ _LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_ROPE_FACTORS = "rope_freqs.weight"
 
 
 def transformers_name(name: str) -> str:
@@ -52,75 +60,102 @@ def transformers_name(name: str) -> str:
     return f"model.layers.{layer}.{_LAYER[module]}.{kind}" if module in _LAYER else name
 
 
-def open_gguf(path: Path) -> Any:
-    """A memory-mapped gguf.GGUFReader; CheckpointError if the file is damaged or the package is missing."""
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise CheckpointError(f"{path}: reading GGUF files needs the package gguf; pip install 'gguf>=0.10'.") from error
-    with path.open("rb") as file:
-        if file.read(4) != GGUF_MAGIC:
-            raise CheckpointError(f"{path}: not a GGUF file (it does not start with 'GGUF').")
-    try:
-        return GGUFReader(path)
-    except Exception as error:  # the reader lets whatever numpy raises on a short file through
-        raise CheckpointError(f"{path}: truncated or damaged GGUF file ({error}); fetch it again.") from error
+def gguf_config(file: GGUFFile) -> "PretrainedConfig":
+    """The transformers config a GGUF file describes.
+
+    Raises UnsupportedModelError for an architecture or a part nobody implemented, CheckpointError if a key is missing.
+    """
+    from transformers import AutoConfig
+
+    values, path = file.metadata, file.path
+    architecture = values.get("general.architecture")
+    # llama.cpp calls Mistral's models llama; only they have a window.
+    sliding_window = values.get(f"{architecture}.attention.sliding_window") or None
+    model_type = "mistral" if architecture == "llama" and sliding_window else architecture
+    family = find_family(None, model_type)
+    if values.get("split.count", 1) > 1:
+        raise UnsupportedModelError(
+            f"{path}: one of {values['split.count']} files of a split GGUF, need a single file."
+        )
+
+    fields: dict[str, Any] = {"architectures": [family.architecture]}
+    for field, key in _CONFIG_KEYS.items():
+        if f"{architecture}.{key}" not in values:
+            raise CheckpointError(f"{path}: no {architecture}.{key} in the file's metadata.")
+        fields[field] = values[f"{architecture}.{key}"]
+    for name in ("token_embd.weight", "blk.0.attn_q.weight"):
+        if name not in file.tensors:
+            raise CheckpointError(f"{path}: no tensor {name} in the file.")
+    heads = fields["num_attention_heads"]
+    fields["num_key_value_heads"] = values.get(f"{architecture}.attention.head_count_kv", heads)
+    fields["head_dim"] = values.get(f"{architecture}.attention.key_length", fields["hidden_size"] // heads)
+    rot_dim = values.get(f"{architecture}.rope.dimension_count", fields["head_dim"])
+    if rot_dim != fields["head_dim"]:
+        raise UnsupportedModelError(
+            f"{path}: rope.dimension_count = {rot_dim} is not implemented, need {fields['head_dim']}, the whole head."
+        )
+    fields["rope_theta"] = values.get(f"{architecture}.rope.freq_base", 10000.0)
+    fields["rope_scaling"] = _rope_scaling(file, architecture)
+    if model_type == "mistral":
+        fields["sliding_window"] = sliding_window
+    if "blk.0.attn_q.bias" in file.tensors:
+        fields["attention_bias"] = True
+    fields["vocab_size"] = file.tensors["token_embd.weight"].shape[0]
+    fields["tie_word_embeddings"] = "output.weight" not in file.tensors
+    for token in ("bos", "eos"):
+        fields[f"{token}_token_id"] = values.get(f"tokenizer.ggml.{token}_token_id")
+    fields["pad_token_id"] = values.get("tokenizer.ggml.padding_token_id")
+    return AutoConfig.for_model(family.model_type, **fields)
+
+
+def _rope_scaling(file: GGUFFile, architecture: str | None) -> dict[str, Any] | None:
+    kind = file.metadata.get(f"{architecture}.rope.scaling.type", "none")
+    if kind == "none":
+        return None
+    factor = file.metadata.get(f"{architecture}.rope.scaling.factor")
+    if kind != "linear" or factor is None:
+        raise UnsupportedModelError(
+            f"{file.path}: rope.scaling.type = {kind!r} with factor {factor} in a GGUF is not implemented, need 'none' or "
+            "'linear', or the checkpoint as safetensors."
+        )
+    return {"rope_type": "linear", "factor": factor}
 
 
 class GGUFSource:
-    """Tensors of one GGUF file, dequantised to fp32 one at a time."""
+    """Tensors of one GGUF file under transformers' names, dequantised to fp32 one at a time."""
 
-    def __init__(self, path: Path, config: ModelConfig, reader: Any = None) -> None:
-        self.location = str(path)
+    def __init__(self, file: GGUFFile, config: ModelConfig) -> None:
+        self.location = str(file.path)
         self._config = config
-        reader = open_gguf(path) if reader is None else reader
-        self.architecture = str(reader.fields["general.architecture"].contents())
-        self._tensors = {transformers_name(tensor.name): tensor for tensor in reader.tensors}
+        self._interleaved = file.metadata["general.architecture"] in _INTERLEAVED_ROPE
+        self._tensors = {transformers_name(name): tensor for name, tensor in file.tensors.items()}
         self._rope_factors = self._tensors.pop(_ROPE_FACTORS, None)
-        scaling = reader.fields.get(f"{self.architecture}.rope.scaling.type")
-        if scaling is not None and scaling.contents() != "none":
-            raise UnsupportedModelError(
-                f"{path}: rope.scaling.type = {scaling.contents()!r} in a GGUF is not implemented, need 'none' (or the "
-                "checkpoint in safetensors)."
-            )
 
     def names(self) -> Iterable[str]:
         return self._tensors.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(int(size) for size in reversed(self._tensors[name].shape))
+        return self._tensors[name].shape
 
     def read(self, name: str) -> Tensor:
-        array = self._dequantise(self._tensors[name])
-        if self.architecture in _INTERLEAVED_ROPE:
-            if ".q_proj." in name:
-                array = _halves_from_interleaved(array, self._config.num_heads)
-            elif ".k_proj." in name:
-                array = _halves_from_interleaved(array, self._config.num_kv_heads)
-        return torch.from_numpy(array)
+        array = self._tensors[name].dequantise()
+        if self._interleaved and ".q_proj." in name:
+            array = _halves_from_interleaved(array, self._config.num_heads)
+        elif self._interleaved and ".k_proj." in name:
+            array = _halves_from_interleaved(array, self._config.num_kv_heads)
+        return torch.from_numpy(array if array.flags.writeable else array.copy())
 
     def scale_rope(self, config: ModelConfig) -> ModelConfig:
         """Llama 3.1's rope scaling, which GGUF stores as one divisor per frequency."""
         if self._rope_factors is None:
             return config
-        factors = self._dequantise(self._rope_factors).reshape(-1).tolist()
+        factors = self._rope_factors.dequantise().tolist()
         if len(factors) != len(config.rope.inv_freq):
             raise CheckpointError(
                 f"{self.location}: {_ROPE_FACTORS} has {len(factors)} entries, need {len(config.rope.inv_freq)}."
             )
         inv_freq = tuple(f / factor for f, factor in zip(config.rope.inv_freq, factors, strict=True))
         return replace(config, rope=replace(config.rope, rope_type="llama3", inv_freq=inv_freq))
-
-    def _dequantise(self, tensor: Any) -> "np.ndarray":
-        from gguf import quants
-
-        try:
-            return quants.dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError as error:
-            raise UnsupportedModelError(
-                f"{self.location}: {tensor.name} has GGUF type {tensor.tensor_type.name}, which the package gguf can't "
-                "dequantise."
-            ) from error
 
 
 def _halves_from_interleaved(array: "np.ndarray", num_heads: int) -> "np.ndarray":

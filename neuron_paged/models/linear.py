@@ -76,7 +76,7 @@ def prepare_for_cpu(model: nn.Module, *, packed: bool | None = None) -> nn.Modul
             if not isinstance(child, Linear) or packed is False:
                 continue
             if child.weight.device.type != "cpu":
-                raise ValueError(f"prepare_for_cpu: {name}.weight is on {child.weight.device}, need a model on the CPU.")
+                raise ValueError(f"prepare_for_cpu: {name}.weight is on {child.weight.device}, need the CPU.")
             if packed or can_pack_linear(child.weight.dtype):
                 setattr(parent, name, PackedLinear(child.weight, child.bias))
                 child.weight = None  # type: ignore[assignment]

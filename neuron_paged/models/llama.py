@@ -70,9 +70,7 @@ class LlamaModel(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def forward(
-        self, token_ids: Tensor, positions: Tensor, inputs: AttentionInputs, kv_caches: list[Tensor]
-    ) -> Tensor:
+    def forward(self, token_ids: Tensor, positions: Tensor, inputs: AttentionInputs, kv_caches: list[Tensor]) -> Tensor:
         """token_ids, positions [T] int32; kv_caches one per layer (nki_kernels.layout), written in place.
 
         Returns the normed hidden states [T, hidden_size].

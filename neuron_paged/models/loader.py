@@ -8,13 +8,14 @@ import importlib.util
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from neuron_paged.errors import CheckpointError, ConfigError, ModelNotFoundError, UnsupportedModelError
 from neuron_paged.models.config import ModelConfig, as_token_ids
-from neuron_paged.models.gguf_weights import GGUFSource, open_gguf
+from neuron_paged.models.gguf_file import GGUFFile
+from neuron_paged.models.gguf_weights import GGUFSource, gguf_config
 from neuron_paged.models.linear import prepare_for_cpu
 from neuron_paged.models.llama import LlamaModel
 from neuron_paged.models.registry import find_family, normalise_config
@@ -84,9 +85,8 @@ def _from_hub(name: str) -> Path:
     except UnsupportedModelError:
         raise
     except Exception as error:  # huggingface_hub lets errors of several HTTP libraries through
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelNotFoundError(
-            f"model: {name!r} is no folder here and could not be fetched from the Hugging Face hub: {reason}"
+            f"model: {name!r} is no folder here and can't be fetched from the Hugging Face hub: {_first_line(error)}"
         ) from error
 
 
@@ -122,36 +122,39 @@ def _load_folder(path: Path, dtype: torch.dtype, progress: bool, max_positions: 
     with SafetensorsSource(path) as source:
         model = family.model_class(config, dtype=dtype, max_positions=max_positions)
         load_weights(model, source, progress=progress)
-    tokenizer = _tokenizer(path) if any((path / name).is_file() for name in _TOKENIZER_FILES) else None
-    return LoadedModel(model, config, tokenizer, hf_config)
+    return LoadedModel(model, config, _tokenizer(path), hf_config)
 
 
 def _load_gguf(path: Path, dtype: torch.dtype, progress: bool, max_positions: int | None) -> LoadedModel:
-    reader = open_gguf(path)
-    hf_config = _hf_config(path.parent, gguf_file=path.name)
+    file = GGUFFile(path)
+    hf_config = gguf_config(file)
     family, config = normalise_config(hf_config)
-    source = GGUFSource(path, config, reader)
+    source = GGUFSource(file, config)
     config = source.scale_rope(config)
     model = family.model_class(config, dtype=dtype, max_positions=max_positions)
     load_weights(model, source, progress=progress)
-    return LoadedModel(model, config, _tokenizer(path.parent, gguf_file=path.name), hf_config)
+    return LoadedModel(model, config, _gguf_tokenizer(path), hf_config)
 
 
-def _hf_config(folder: Path, **options: Any) -> "PretrainedConfig":
+def _hf_config(folder: Path) -> "PretrainedConfig":
     """transformers' config, after our own look at the architecture: its message on unknown ones is a page long."""
     from transformers import AutoConfig, PretrainedConfig
 
+    if not (folder / "config.json").is_file():
+        raise ModelNotFoundError(f"model: no config.json in {folder}, need a checkpoint in transformers' format.")
     try:
-        raw, _ = PretrainedConfig.get_config_dict(folder, **options)
+        raw, _ = PretrainedConfig.get_config_dict(folder)
         find_family(raw.get("architectures"), raw.get("model_type"))
-        return AutoConfig.from_pretrained(folder, **options)
+        return AutoConfig.from_pretrained(folder)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{folder}: {error}") from error
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and validation errors of its own
-        if not options and not (folder / "config.json").is_file():
-            raise ModelNotFoundError(f"model: no config.json in {folder}.") from error
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{folder}: the model's config can't be read: {reason}") from error
+        raise CheckpointError(f"{folder}/config.json can't be read: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    """Other libraries' messages run over many lines; ours are one."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _generation_eos(folder: Path) -> tuple[int, ...]:
@@ -166,10 +169,22 @@ def _generation_eos(folder: Path) -> tuple[int, ...]:
         raise CheckpointError(f"{folder}/generation_config.json can't be read: {error}") from error
 
 
-def _tokenizer(folder: Path, **options: Any) -> "PreTrainedTokenizerBase":
+def _tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
     from transformers import AutoTokenizer
 
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return None
     try:
-        return AutoTokenizer.from_pretrained(folder, **options)
+        return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # tokenizers raises plain Exception on a damaged file
-        raise CheckpointError(f"{folder}: the tokenizer can't be read: {error}") from error
+        raise CheckpointError(f"{folder}: the tokenizer can't be read: {_first_line(error)}") from error
+
+
+def _gguf_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
+    """AutoTokenizer gives the same object, after reading the file's config for 4 s [measured on CPU]."""
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:
+        raise CheckpointError(f"{path}: the tokenizer can't be read: {_first_line(error)}") from error

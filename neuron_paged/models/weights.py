@@ -55,9 +55,7 @@ class SafetensorsSource:
                 handle = self._stack.enter_context(safe_open(path, framework="pt"))
             except (SafetensorError, OSError) as error:
                 self._stack.close()
-                raise CheckpointError(
-                    f"{path}: not a complete safetensors file ({error}); fetch it again."
-                ) from error
+                raise CheckpointError(f"{path}: not a complete safetensors file ({error}); fetch it again.") from error
             self._handles |= dict.fromkeys(handle.keys(), handle)
         return self
 
