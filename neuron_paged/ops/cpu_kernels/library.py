@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled CPU kernels: builds each on first use, keeps them in numba's disk cache, owns per-thread workspaces.
+
+A kernel is two C functions of one int64 argument block: `plan` (checks index values, single thread) and `worker`.
+"""
+
+import ctypes
+import hashlib
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+MAX_ARGS = 48
+_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """plan(arguments) -> 0 if all index values are in range; worker(arguments), to be run by every thread."""
+
+    plan: Any
+    worker: Any
+    references: tuple[Any, ...]  # keeps the machine code alive
+
+
+class Workspace(threading.local):
+    """Argument block and scratch memory of the calling thread; scratch grows and is kept."""
+
+    def __init__(self) -> None:
+        self.arguments = (ctypes.c_int64 * MAX_ARGS)()
+        self.arguments_address = ctypes.addressof(self.arguments)
+        self._buffers: dict[str, np.ndarray] = {}
+
+    def buffer(self, name: str, num_bytes: int) -> int:
+        """Address, aligned to 64 bytes, of at least `num_bytes` of memory that only this thread's calls use."""
+        kept = self._buffers.get(name)
+        if kept is None or kept.nbytes < num_bytes + 64:
+            kept = self._buffers[name] = np.empty(num_bytes + num_bytes // 2 + 64, np.uint8)
+        return (kept.ctypes.data + 63) // 64 * 64
+
+
+workspace = Workspace()
+
+
+def _source_digest() -> int:
+    """Changes with any kernel source: numba's cache itself only watches the file that holds the function."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return int.from_bytes(digest.digest()[:7], "little")
+
+
+def _build(make_entries: Callable[..., tuple[Any, Any]]) -> Kernel:
+    digest = _source_digest()
+    try:
+        entries = make_entries(digest, cache=True)
+    except RuntimeError:  # no writable place for the cache: compile in every process
+        entries = make_entries(digest, cache=False)
+    plan = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(entries[0].address)
+    worker = ctypes.CFUNCTYPE(None, ctypes.c_int64)(entries[1].address)
+    return Kernel(plan, worker, entries)
+
+
+@lru_cache(maxsize=None)
+def kernel(name: str) -> Kernel:
+    """The kernel "attention", "cache_write" or "rotary"; compiled, or read from the disk cache, on first use."""
+    from neuron_paged.ops.cpu_kernels import attention, cache_ops
+
+    makers: dict[str, Callable[..., tuple[Any, Any]]] = {
+        "attention": attention.attention_entries,
+        "cache_write": cache_ops.cache_write_entries,
+        "rotary": cache_ops.rotary_entries,
+    }
+    with _lock:
+        return _build(makers[name])
+
+
+def warm_up() -> None:
+    """Compile all kernels now: seconds on a new machine, milliseconds when the disk cache has them."""
+    for name in ("attention", "cache_write", "rotary"):
+        kernel(name)
