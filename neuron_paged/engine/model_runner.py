@@ -48,7 +48,8 @@ def _layout(model: "LlamaModel", config: CacheConfig) -> KVCacheLayout:
 class ModelRunner:
     """Runs batches on the model's device.
 
-    config: num_blocks set. The caches start zeroed: dead slots of live blocks are multiplied by zero, which NaN survives.
+    config: num_blocks set. The caches start zeroed: dead slots of live blocks are multiplied by zero, which NaN
+    survives.
     """
 
     def __init__(self, model: "LlamaModel", config: CacheConfig) -> None:
@@ -114,8 +115,8 @@ class ModelRunner:
         except RuntimeError as error:
             gib = self.model.config.num_layers * np.prod(shape, dtype=np.int64) * dtype.itemsize / 2**30
             raise ConfigError(
-                f"CacheConfig: got {shape[0]} blocks, which take {gib:.2f} GiB of memory that can't be had; need fewer: "
-                "lower num_blocks, num_swap_blocks or kv_cache_memory_bytes."
+                f"CacheConfig: got {shape[0]} blocks, which take {gib:.2f} GiB of memory that can't be had; need "
+                "fewer: lower num_blocks, num_swap_blocks or kv_cache_memory_bytes."
             ) from error
 
 

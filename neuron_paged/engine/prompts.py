@@ -46,7 +46,7 @@ def is_single_prompt(prompts: Any) -> bool:
 
 
 def parse_prompt(prompt: Any, tokenizer: Any, vocab_size: int) -> ParsedPrompt:
-    """Token ids of a prompt, tokenized with the tokenizer's special tokens if it is text. Raises InvalidRequestError."""
+    """Token ids of a prompt; text is tokenized with the tokenizer's special tokens. Raises InvalidRequestError."""
     cache_salt = None
     if isinstance(prompt, Mapping):
         unknown = set(prompt) - _KEYS
@@ -83,6 +83,8 @@ def _check_token_ids(token_ids: Any, vocab_size: int) -> list[int]:
         raise InvalidRequestError(f"prompt: got {type(token_ids).__name__}, need {_NEED}.")
     if len(token_ids) == 0:
         raise InvalidRequestError("prompt: got no tokens, need at least one.")
+    if set(map(type, token_ids)) == {int} and 0 <= min(token_ids) and max(token_ids) < vocab_size:
+        return list(token_ids)
     for position, token_id in enumerate(token_ids):
         if isinstance(token_id, bool) or not isinstance(token_id, Integral) or not 0 <= token_id < vocab_size:
             raise InvalidRequestError(

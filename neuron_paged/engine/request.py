@@ -4,7 +4,8 @@
 Owns no blocks and no order; the scheduler has the sequences.
 """
 
-from collections.abc import Callable, Sequence as SequenceOf
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple
 
 from neuron_paged.engine.detokenizer import Decode, IncrementalDetokenizer
@@ -26,6 +27,10 @@ _FINISH_REASONS: dict[SequenceStatus, FinishReason] = {
     SequenceStatus.FINISHED_ABORTED: "abort",
     SequenceStatus.FINISHED_ERROR: "error",
 }
+
+
+# token_id, logprob, rank, top_ids, top_logprobs: one row of StepLogprobs as Python objects.
+LogprobEntry = tuple[int, float, int, list[int], list[float]]
 
 
 class TokenizerView(NamedTuple):
@@ -84,6 +89,16 @@ class Completion:
         if self.needs_text or status is not None:
             status = self._extend_text(status)
         return status
+
+    def add_logprobs(
+        self, token_id: int, logprob: float, rank: int, top_ids: list[int], top_logprobs: list[float]
+    ) -> None:
+        """Logprobs of the token just sampled."""
+        self.cumulative_logprob += logprob
+        if self.logprobs is not None:
+            num = self.request.params.logprobs
+            assert num is not None
+            self.logprobs.append(self.request.make_logprobs(token_id, logprob, rank, top_ids, top_logprobs, num))
 
     def finish(self, status: SequenceStatus) -> None:
         """Set how the sequence ended; an unfinished character becomes replacement characters."""
@@ -190,11 +205,11 @@ class Request:
         self.num_unfinished += 1
         return completion
 
-    def add_logprobs(self, completion: Completion, token_id: int, logprob: float, entries: TokenLogprobs) -> None:
-        """Logprobs of a token just sampled."""
-        completion.cumulative_logprob += logprob
-        if completion.logprobs is not None:
-            completion.logprobs.append(entries)
+    def add_prompt_logprobs(self, entries: SequenceOf[LogprobEntry]) -> None:
+        """Logprobs of the next prompt tokens."""
+        assert self.prompt_logprobs is not None and self.params.prompt_logprobs is not None
+        for entry in entries:
+            self.prompt_logprobs.append(self.make_logprobs(*entry, num=self.params.prompt_logprobs))
 
     def make_logprobs(
         self, token_id: int, logprob: float, rank: int, top_ids: list[int], top_logprobs: list[float], num: int

@@ -187,7 +187,7 @@ class SamplingParams:
         if self.stop and not self.detokenize:
             raise _bad("detokenize", self.detokenize, "True with stop strings, which are looked for in the text")
         if self.num_samples > self.n and self.output_kind is RequestOutputKind.DELTA:
-            raise _bad("output_kind", "DELTA", f"best_of = n = {self.n}: the best completions are known only at the end")
+            raise _bad("output_kind", "DELTA", f"best_of = n = {self.n} (the best are known only at the end)")
 
 
 def _bad(name: str, got: Any, need: str) -> InvalidSamplingParamsError:

@@ -66,15 +66,18 @@ class _EditTable:
         self._bias_of = {i: bias for i, bias in (params.logit_bias or {}).items() if i < vocab_size}
         self._masked = [i for i in end_token_ids if i < vocab_size] if params.min_tokens > 0 else []
         for token_id, bias in self._bias_of.items():
-            self._bias[self._place_of(token_id)] = bias
+            place = self._place_of(token_id)
+            self._bias[place] = bias
         for token_id in self._masked:
-            self._bias[self._place_of(token_id)] = -np.inf
+            place = self._place_of(token_id)
+            self._bias[place] = -np.inf
 
     def update(self, prompt_token_ids: list[int], output_token_ids: list[int]) -> EditRow | None:
         """Take in tokens that came since the last call; None if nothing is to be changed."""
         if self._has_penalties:
             for token_id in prompt_token_ids[self._num_prompt :]:
-                self._seen[self._place_of(token_id)] = True
+                place = self._place_of(token_id)  # first: it may replace the arrays
+                self._seen[place] = True
             self._num_prompt = len(prompt_token_ids)
             for token_id in output_token_ids[self._num_output :]:
                 place = self._place_of(token_id)

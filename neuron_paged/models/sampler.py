@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sampling inside the step: from logits to token ids and logprobs, a pure function of tensors.
 
-S = samples, V = vocabulary, E = samples whose logits are edited, U = edited ids of one sample, Q = samples with logprobs.
-A sample is drawn by inverting its cumulative distribution at one uniform number that the host supplies, so that the
-result of a row depends on nothing but that row. No row is fully sorted unless its kept set may exceed 1024 tokens.
+S = samples, V = vocabulary, E = samples whose logits are edited, U = edited ids of one of them, Q = samples
+with logprobs. A sample is drawn by inverting its cumulative distribution at one uniform number that the host supplies,
+so that a row's result depends on nothing but that row. No row is fully sorted unless it may keep over 1024 tokens.
 """
 
 from typing import NamedTuple
@@ -36,7 +36,7 @@ class LogitEdits(NamedTuple):
 
 
 class Filters(NamedTuple):
-    """Truncation of the distribution, one value per row: top_k i64 (V = off), top_p f32 (1 = off), min_p f32 (0 = off)."""
+    """Truncation of the distribution, one value per row: top_k i64 (V: off), top_p f32 (1: off), min_p f32 (0: off)."""
 
     top_k: Tensor
     top_p: Tensor
@@ -63,7 +63,7 @@ class SamplingTensors(NamedTuple):
 
 
 class Logprobs(NamedTuple):
-    """Of the raw distribution: logprob and rank (1 = most likely) [Q] of given tokens; top_ids i64, top_logprobs [Q, K]."""
+    """Of the raw distribution: logprobs, ranks (1 = most likely) [Q] of given tokens; top_ids, top_logprobs [Q, K]."""
 
     logprobs: Tensor
     ranks: Tensor
@@ -141,7 +141,7 @@ def argmax(logits: Tensor) -> Tensor:
 
 
 def sample_plain(logits: Tensor, temperature: Tensor, uniform: Tensor) -> Tensor:
-    """Sample softmax(logits / temperature): the first id whose cumulative probability, in order of ids, exceeds uniform.
+    """Sample softmax(logits / temperature): the first id whose cumulative probability, by id, exceeds uniform.
 
     logits [N, V] f32, temperature and uniform [N] -> i64 [N].
     """

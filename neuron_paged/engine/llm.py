@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LLM: a model and an engine behind vLLM's Python API (generate, chat), and stream for output as it comes."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from neuron_paged.config import CacheConfig, EngineConfig, SchedulerConfig
+from neuron_paged.engine.cache_sizing import available_memory_bytes, choose_num_blocks
+from neuron_paged.engine.llm_engine import LLMEngine
+from neuron_paged.engine.outputs import RequestOutput
+from neuron_paged.engine.prompts import Prompt, is_single_prompt
+from neuron_paged.engine.sampling import RequestOutputKind, SamplingParams
+from neuron_paged.errors import ConfigError, InvalidRequestError
+
+_CACHE_SETTINGS = {f.name for f in fields(CacheConfig)}
+_SCHEDULER_SETTINGS = {f.name for f in fields(SchedulerConfig)}
+# Without a max_model_len of the caller's own, so long a context is set aside for: models allow up to a million tokens,
+# whose rotary table and cache nobody asked for.
+DEFAULT_MAX_MODEL_LEN = 8192
+
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A model ready to generate.
+
+    model: "demo", a folder with config.json and safetensors, a .gguf file, or org/name on the Hugging Face hub.
+    dtype: of the arithmetic, "auto" | "fp32" | "bf16" | "fp16". seed: of the generator that gives requests without a
+    seed theirs. engine_settings: any field of CacheConfig and SchedulerConfig; max_model_len defaults to what the model
+    allows, at most DEFAULT_MAX_MODEL_LEN; num_blocks to a quarter of the free memory.
+    Raises ModelNotFoundError, UnsupportedModelError, CheckpointError, ConfigError.
+    """
+
+    def __init__(
+        self, model: str | Path, *, dtype: str = "auto", seed: int = 0, progress: bool = True, **engine_settings: Any
+    ) -> None:
+        cache, scheduler = _split_settings(engine_settings)
+        from neuron_paged.engine.model_runner import ModelRunner, block_bytes
+        from neuron_paged.models.loader import load_model
+
+        loaded = load_model(
+            model, dtype=dtype, progress=progress, max_positions=scheduler.get("max_model_len", DEFAULT_MAX_MODEL_LEN)
+        )
+        scheduler_config = _fit_model_len(scheduler, loaded.config.max_position_embeddings)
+        cache_config = CacheConfig(**cache)
+        num_blocks = choose_num_blocks(
+            cache_config, scheduler_config, block_bytes(loaded.model, cache_config), available_memory_bytes()
+        )
+        config = EngineConfig(replace(cache_config, num_blocks=num_blocks), scheduler_config)
+        self.engine = LLMEngine(
+            config,
+            ModelRunner(loaded.model, config.cache),
+            vocab_size=loaded.config.vocab_size,
+            eos_token_ids=loaded.config.eos_token_ids,
+            tokenizer=loaded.tokenizer,
+            seed=seed,
+        )
+        self._request_ids = itertools.count()
+
+    @classmethod
+    def from_engine(cls, engine: LLMEngine) -> "LLM":
+        """The same API over an engine that exists."""
+        llm = cls.__new__(cls)
+        llm.engine = engine
+        llm._request_ids = itertools.count()
+        return llm
+
+    def get_tokenizer(self) -> Any:
+        """transformers' tokenizer; None if the checkpoint has none."""
+        return self.engine.tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Finished outputs in the order of the prompts, batched continuously.
+
+        prompts: one or a list; each text, token ids, or a dict (see engine.prompts). sampling_params: one for all or
+        one per prompt. priority: one per prompt, for policy "priority".
+        Raises InvalidRequestError and its subclasses before anything runs; StepError if a step fails. Whatever is
+        raised (KeyboardInterrupt too), all requests of the call have ended and their blocks are free.
+        """
+        finished: dict[str, RequestOutput] = {}
+        with self._requests(prompts, sampling_params, RequestOutputKind.FINAL_ONLY, priority) as request_ids:
+            with _progress_bar(len(request_ids), use_tqdm) as bar:
+                while self.engine.has_unfinished_requests() and len(finished) < len(request_ids):
+                    for output in self.engine.step():
+                        if output.request_id in request_ids:
+                            finished[output.request_id] = output
+                            bar.add(output)
+        return [finished[request_id] for request_id in request_ids]
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        output_kind: RequestOutputKind = RequestOutputKind.DELTA,
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        """(index of the prompt, RequestOutput) as they come: with DELTA only what is new, with CUMULATIVE everything.
+
+        Text that may become a stop string or is half a character is held back. Closing the generator ends the requests.
+        """
+        with self._requests(prompts, sampling_params, output_kind, None) as request_ids:
+            index_of = {request_id: index for index, request_id in enumerate(request_ids)}
+            num_unfinished = len(index_of)
+            while num_unfinished:
+                for output in self.engine.step():
+                    if output.request_id in index_of:
+                        num_unfinished -= output.finished
+                        yield index_of[output.request_id], output
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        **template_options: Any,
+    ) -> list[RequestOutput]:
+        """generate() for conversations: one (a list of {"role", "content"}) or a list of them.
+
+        template_options: see render_chat.
+        """
+        single = len(messages) > 0 and isinstance(messages[0], Mapping)
+        conversations: Any = [messages] if single else messages
+        prompts = [self.render_chat(conversation, **template_options) for conversation in conversations]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> Prompt:
+        """The prompt of a conversation by the tokenizer's chat template (transformers' apply_chat_template).
+
+        Raises InvalidRequestError if there is no tokenizer or template, or the template refuses the messages.
+        """
+        tokenizer = self.engine.tokenizer
+        if tokenizer is None or (chat_template is None and not tokenizer.chat_template):
+            what = "tokenizer" if tokenizer is None else "chat template"
+            raise InvalidRequestError(f"messages: the model has no {what}; use generate() or give chat_template.")
+        if not messages or not all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages):
+            raise InvalidRequestError(f'messages: got {messages!r}, need a list of {{"role": …, "content": …}}.')
+        try:
+            text = tokenizer.apply_chat_template(
+                list(messages),
+                tokenize=False,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt and not continue_final_message,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                **(chat_template_kwargs or {}),
+            )
+        except Exception as error:  # templates raise jinja2's errors, and whatever their own code does
+            raise InvalidRequestError(f"messages: the chat template refused them: {error}") from error
+        # The template writes the special tokens itself.
+        return {"prompt": text, "prompt_token_ids": tokenizer(text, add_special_tokens=False)["input_ids"]}
+
+    @contextmanager
+    def _requests(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        output_kind: RequestOutputKind,
+        priority: Sequence[int] | None,
+    ) -> Iterator[list[str]]:
+        """Ids of requests added for these prompts; whichever is unfinished at the end is aborted."""
+        listed: Sequence[Any] = [prompts] if is_single_prompt(prompts) else _as_list("prompts", prompts)
+        params = _one_each("sampling_params", sampling_params, len(listed), (SamplingParams, type(None)))
+        priorities = _one_each("priority", 0 if priority is None else priority, len(listed), (int,))
+        request_ids: list[str] = []
+        try:
+            for index, prompt in enumerate(listed):
+                chosen = SamplingParams() if params[index] is None else params[index]
+                if isinstance(chosen, SamplingParams):
+                    chosen = chosen.with_output_kind(output_kind)
+                request_id = f"llm-{next(self._request_ids)}"
+                try:
+                    self.engine.add_request(request_id, prompt, chosen, priority=priorities[index])
+                except InvalidRequestError as error:
+                    if len(listed) > 1:
+                        raise type(error)(f"prompt {index}: {error}") from error
+                    raise
+                request_ids.append(request_id)
+            yield request_ids
+        finally:
+            self.engine.abort_request(request_ids)
+
+
+class _progress_bar:
+    """tqdm over finished requests with tokens per second, or nothing."""
+
+    def __init__(self, total: int, enabled: bool) -> None:
+        self._bar = None
+        self._num_tokens = 0
+        if enabled:
+            from tqdm.auto import tqdm
+
+            self._bar = tqdm(total=total, desc="Requests", unit="request", dynamic_ncols=True)
+
+    def __enter__(self) -> "_progress_bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def add(self, output: RequestOutput) -> None:
+        if self._bar is not None:
+            self._num_tokens += sum(len(completion.token_ids) for completion in output.outputs)
+            elapsed = self._bar.format_dict["elapsed"] or 1e-9
+            self._bar.set_postfix_str(f"{self._num_tokens / elapsed:.1f} output tokens/s", refresh=False)
+            self._bar.update()
+
+
+def _split_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    unknown = sorted(set(settings) - _CACHE_SETTINGS - _SCHEDULER_SETTINGS)
+    if unknown:
+        known = sorted(_CACHE_SETTINGS | _SCHEDULER_SETTINGS | {"dtype", "seed", "progress"})
+        raise ConfigError(f"LLM: got unknown setting {', '.join(unknown)}, need one of {', '.join(known)}.")
+    cache = {name: value for name, value in settings.items() if name in _CACHE_SETTINGS}
+    scheduler = {name: value for name, value in settings.items() if name in _SCHEDULER_SETTINGS}
+    EngineConfig(CacheConfig(**cache), SchedulerConfig(**scheduler))  # wrong values show before a model is loaded
+    return cache, scheduler
+
+
+def _fit_model_len(settings: dict[str, Any], model_limit: int) -> SchedulerConfig:
+    if "max_model_len" not in settings:
+        return SchedulerConfig(**settings, max_model_len=min(model_limit, DEFAULT_MAX_MODEL_LEN))
+    if settings["max_model_len"] > model_limit:
+        raise ConfigError(
+            f"SchedulerConfig.max_model_len: got {settings['max_model_len']}, need at most {model_limit} "
+            "(max_position_embeddings of the model)."
+        )
+    return SchedulerConfig(**settings)
+
+
+def _as_list(name: str, values: Any) -> Sequence[Any]:
+    if not isinstance(values, Sequence):
+        raise InvalidRequestError(f"{name}: got {type(values).__name__}, need a prompt or a list of prompts.")
+    return values
+
+
+def _one_each(name: str, value: Any, count: int, kinds: tuple[type, ...]) -> Sequence[Any]:
+    if isinstance(value, kinds):
+        return [value] * count
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise InvalidRequestError(f"{name}: got {type(value).__name__}, need one for all prompts or a list.")
+    if len(value) != count:
+        raise InvalidRequestError(f"{name}: got {len(value)} for {count} prompts, need one each.")
+    return value
