@@ -1,0 +1,398 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DMA instructions: dma_copy (static, register/scalar offset, vector gather and scatter), dma_transpose, dma_compute.
+
+Execution is row-major over equal element counts; dtype conversion goes through fp32.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from .. import dtypes, law, ops
+from ..errors import LawError, OutOfBoundsError, at_line
+from ..errors import law as law_error
+from ..machine import Core, Instruction, Mask, current, shifted
+from ..memory import PSUM, SBUF
+from ..tensor import NkiTensor
+from .enums import dge_mode as DgeMode
+from .enums import engine as Engine
+from .enums import oob_mode as OobMode
+
+TRANSPOSE_AXES = {2: (1, 0), 3: (2, 1, 0), 4: (3, 1, 2, 0)}
+
+
+class Rows:
+    """A vector-addressed side resolved to rows: which are in bounds, and a view [rows, …] of the target."""
+
+    __slots__ = ("indices", "valid", "table", "poison", "tensor", "index")
+
+    def __init__(self, core: Core, instruction: str, t: NkiTensor, oob: Any, transpose: bool = False) -> None:
+        ind = t.indirection
+        assert ind is not None
+        self.tensor = t
+        index = ind.index
+        if transpose:
+            self.index = law.tensor(instruction, "vector_offset", index)
+            flat = core.load(self.index)
+            flat = flat.reshape(flat.shape[0], -1).T.reshape(-1)[: t.shape[0]]
+        else:
+            self.index = law.index_tile(instruction, index, t.shape[0])
+            flat = core.load(self.index).reshape(-1)
+        if core.pending:
+            raise LawError(f"{instruction}: vector_offset: {self.index!r} was never written{at_line()}")
+        self.indices = flat.astype(np.int64)
+        size, storage = t.itemsize, t.storage
+        inner = sum((n - 1) * s for n, s in zip(t.shape[1:], t.strides[1:], strict=True)) + 1
+        room = storage.nbytes - (t.offset + inner) * size
+        rows = min(ind.rows, room // ind.stride_bytes + 1) if room >= 0 else 0
+        self.valid = (self.indices >= 0) & (self.indices < rows)
+        if not self.valid.all() and oob is not OobMode.skip:
+            bad = int(np.flatnonzero(~self.valid)[0])
+            raise OutOfBoundsError(
+                f"{instruction}: vector_offset: index {int(flat[bad])} of partition {bad} leaves the {rows} rows of "
+                f"{t!r}{at_line()}. Use oob_mode.skip to drop such rows."
+            )
+        shape = (max(rows, 1), *t.shape[1:])
+        strides = (ind.stride_bytes, *(s * size for s in t.strides[1:]))
+        self.table = np.ndarray(shape, dtypes.to_numpy(t.dtype), storage.data, t.offset * size, strides)
+        self.poison: Mask = None
+        if storage.poison is not None and storage.unit == size:
+            row = (ind.stride_bytes // size, *t.strides[1:])
+            self.poison = np.ndarray(shape, np.bool_, storage.poison.view(np.uint8), t.offset, row)
+
+
+def _endpoint(instruction: str, operand: str, t: Any) -> NkiTensor:
+    t = law.tensor(instruction, operand, t)
+    if t.buffer is PSUM:
+        raise law_error(instruction, operand, f"{t!r} is in PSUM, which DMA cannot reach; copy through SBUF")
+    return t
+
+
+def _mode(core: Core, instruction: str, dge: Any, engine: Any, priority: Any, dst: NkiTensor, src: NkiTensor) -> str:
+    """Descriptor mode under the rules of the DGE guide."""
+    vector = any(t.indirection is not None and t.indirection.kind == "vector" for t in (dst, src))
+    scalar = any(t.indirection is not None and t.indirection.kind == "scalar" for t in (dst, src))
+    if priority is not None:
+        law.generation_at_least(core, f"{instruction}(priority)", 4)
+        if priority not in (0, 1, 2, 3):
+            raise law_error(instruction, "priority", f"{priority!r}, need 0..3")
+    if dge is DgeMode.hwdge:
+        law.generation_at_least(core, f"{instruction}(hwdge)", 3)
+        if vector:
+            raise law_error(instruction, "dge_mode", "hwdge cannot gather or scatter; use swdge")
+        if dst.dtype != src.dtype:
+            raise law_error(instruction, "dge_mode", f"hwdge cannot convert {src.dtype} to {dst.dtype}")
+    elif dge not in (DgeMode.unknown, DgeMode.swdge, DgeMode.none):
+        raise law_error(instruction, "dge_mode", f"{dge!r}, need a member of nisa.dge_mode")
+    if engine is not Engine.unknown and engine is not None:
+        if dge is not DgeMode.hwdge or engine not in (Engine.sync, Engine.scalar):
+            raise law_error(instruction, "engine", f"{engine}: only sync or scalar, and only with hwdge")
+    if dge is DgeMode.none:
+        if vector:
+            raise law_error(instruction, "dge_mode", "none cannot gather or scatter; use swdge")
+        if core.loop_depth:
+            raise law_error(instruction, "dge_mode", "none is not possible inside a device loop")
+        return "static"
+    if vector or dge is DgeMode.swdge:
+        return "swdge"
+    if dge is DgeMode.hwdge:
+        return "hwdge"
+    if scalar:
+        return "hwdge" if core.version >= 3 and dst.dtype == src.dtype else "swdge"
+    return "static"
+
+
+def dma_copy(
+    dst: NkiTensor,
+    src: NkiTensor,
+    priority: Any = None,
+    oob_mode: Any = OobMode.error,
+    dge_mode: Any = DgeMode.unknown,
+    engine: Any = Engine.unknown,
+    name: str | None = None,
+) -> Instruction:
+    """dst = src between HBM and SBUF; gathers or scatters rows if one side has a vector_offset."""
+    core = current()
+    dst, src = _endpoint("dma_copy", "dst", dst), _endpoint("dma_copy", "src", src)
+    law.writable("dma_copy", "dst", dst)
+    if dst.size != src.size:
+        raise law_error("dma_copy", "src", f"{src.shape} has {src.size} elements, dst {dst.shape} has {dst.size}")
+    mode = _mode(core, "dma_copy", dge_mode, engine, priority, dst, src)
+    src_vector = src.indirection is not None and src.indirection.kind == "vector"
+    dst_vector = dst.indirection is not None and dst.indirection.kind == "vector"
+    detail: dict[str, Any] = {}
+    reads: tuple[NkiTensor, ...] = (src,)
+    if src_vector and dst_vector:
+        raise law_error("dma_copy", "vector_offset", "only one side may have one")
+    if src_vector:
+        dst = _scalar_side(core, dst, oob_mode) or dst
+        detail = _gather(core, dst, src, oob_mode)
+    elif dst_vector:
+        if src.buffer is not SBUF:
+            raise law_error("dma_copy", "src", f"{src!r}: the source of a vector scatter must be in SBUF")
+        detail = _scatter(core, dst, core.resolve(src, "dma_copy"), oob_mode)
+    else:
+        plain_dst, plain_src = _scalar_side(core, dst, oob_mode), _scalar_side(core, src, oob_mode)
+        if plain_dst is None or plain_src is None:
+            detail = {"skipped": True}
+        else:
+            dst, src = plain_dst, plain_src
+            reads = (src,)
+            _copy(core, dst, src)
+    for t in (dst, src):
+        if t.indirection is not None and isinstance(t.indirection.index, NkiTensor):
+            reads = (*reads, t.indirection.index)
+    return core.record("dma_copy", "dma", (dst,), reads, name, mode=mode, **detail)
+
+
+def _scalar_side(core: Core, t: NkiTensor, oob: Any) -> NkiTensor | None:
+    """A plain view; None if its scalar offset is out of bounds and skipped."""
+    ind = t.indirection
+    if ind is None:
+        return t
+    try:
+        return shifted(t, core.scalar_index(ind.index, "dma_copy"), "dma_copy")
+    except OutOfBoundsError:
+        if oob is OobMode.skip:
+            return None
+        raise
+
+
+def _copy(core: Core, dst: NkiTensor, src: NkiTensor) -> None:
+    raw = core.load(src)
+    if dst.storage is src.storage and np.may_share_memory(dst.array, raw):
+        raw = raw.copy()
+    core.store(dst, raw if dst.dtype == src.dtype else dtypes.cast(raw, src.dtype, dst.dtype))
+
+
+def _one_run(core: Core, instruction: str, t: NkiTensor) -> None:
+    """One contiguous row per index is what is known to work."""
+    expected = 1
+    for n, s in zip(reversed(t.shape[1:]), reversed(t.strides[1:]), strict=True):
+        if n != 1 and s != expected:
+            core.machine.ambiguous(f"{instruction}: vector_offset: {t!r} reads more than one run per index")
+            return
+        expected *= n
+
+
+def _gather(core: Core, dst: NkiTensor, src: NkiTensor, oob: Any) -> dict[str, Any]:
+    _one_run(core, "dma_copy", src)
+    rows = Rows(core, "dma_copy", src, oob)
+    valid, p = rows.valid, src.shape[0]
+    picked = rows.table[rows.indices[valid]]
+    if dst.dtype != src.dtype:
+        picked = dtypes.cast(picked, src.dtype, dst.dtype)
+    if valid.all() and rows.poison is None:
+        core.store(dst, picked)
+    else:
+        old = core.invalid(dst)
+        mask = np.zeros((p, dst.size // p), bool) if old is None else old.reshape(p, -1).copy()
+        mask[valid] = False if rows.poison is None else rows.poison[rows.indices[valid]].reshape(len(picked), -1)
+        if dst.shape[0] == p:
+            out = dst.array.copy()
+            out[valid] = picked.reshape((len(picked), *dst.shape[1:]))
+        else:
+            out = dst.array.reshape(p, -1).copy()
+            out[valid] = picked.reshape(len(picked), -1)
+        core.store(dst, out, mask.reshape(dst.shape))
+    return {"descriptors": int(valid.sum()), "row_bytes": src.size // p * src.itemsize, "rows": p}
+
+
+def _scatter(core: Core, dst: NkiTensor, src: NkiTensor, oob: Any) -> dict[str, Any]:
+    _one_run(core, "dma_copy", dst)
+    rows = Rows(core, "dma_copy", dst, oob)
+    valid, p = rows.valid, dst.shape[0]
+    target = rows.indices[valid]
+    law.unique_rows("dma_copy", target)
+    values = core.load(src)
+    poison = core.invalid(src)
+    values = values.reshape((p, *dst.shape[1:]))
+    if dst.dtype != src.dtype:
+        values = dtypes.cast(values, src.dtype, dst.dtype)
+    rows.table[target] = values[valid]
+    _scattered(core, rows, dst, target, None if poison is None else poison.reshape((p, *dst.shape[1:]))[valid])
+    return {"descriptors": int(valid.sum()), "row_bytes": dst.size // p * dst.itemsize, "rows": p}
+
+
+def _scattered(core: Core, rows: Rows, dst: NkiTensor, target: np.ndarray, poison: Mask) -> None:
+    """Bookkeeping of rows written by a scatter."""
+    core.pending.clear()
+    storage = dst.storage
+    if poison is not None and poison.any():
+        core.machine.note("reads memory that was never written")
+        if storage.poison is None:
+            storage.poison = np.zeros(storage.nbytes // storage.unit, dtype=bool)
+            row = (dst.indirection.stride_bytes // dst.itemsize, *dst.strides[1:])  # type: ignore[union-attr]
+            rows.poison = np.ndarray(rows.table.shape, np.bool_, storage.poison.view(np.uint8), dst.offset, row)
+    if rows.poison is not None:
+        rows.poison[target] = False if poison is None else poison
+    if storage.writers is not None:
+        storage.writers.append((core.index, core.epoch, 0, storage.nbytes))
+
+
+def dma_transpose(
+    dst: NkiTensor,
+    src: NkiTensor,
+    axes: Any = None,
+    priority: Any = None,
+    dge_mode: Any = DgeMode.unknown,
+    oob_mode: Any = OobMode.error,
+    name: str | None = None,
+) -> Instruction:
+    """dst = src with its first and last axes exchanged, by DMA; gathers rows first if src has a vector_offset."""
+    core = current()
+    what = "dma_transpose"
+    dst, src = _endpoint(what, "dst", dst), _endpoint(what, "src", src)
+    law.writable(what, "dst", dst)
+    order = tuple(axes) if axes is not None else TRANSPOSE_AXES.get(src.ndim, ())
+    if order != TRANSPOSE_AXES.get(src.ndim):
+        raise law_error(what, "axes", f"{order} for {src.ndim} dimensions, need {TRANSPOSE_AXES.get(src.ndim)}")
+    if dst.buffer is not SBUF:
+        raise law_error(what, "dst", f"{dst!r} must be in SBUF")
+    if dst.dtype != src.dtype:
+        raise law_error(what, "dst", f"dtype {dst.dtype} differs from src's {src.dtype}")
+    wanted = tuple(src.shape[a] for a in order)
+    if dst.shape != wanted:
+        raise law_error(what, "dst", f"{dst.shape}, need exactly {wanted}")
+    mode = _mode(
+        core,
+        what,
+        dge_mode,
+        Engine.unknown,
+        priority,
+        dst,
+        NkiTensor(src.storage, src.shape, src.strides, src.offset, src.dtype),
+    )
+    indirect = src.indirection is not None and src.indirection.kind == "vector"
+    detail: dict[str, Any] = {"transpose": True}
+    reads: tuple[NkiTensor, ...] = (src,)
+    if indirect:
+        if dge_mode not in (DgeMode.unknown, DgeMode.swdge):
+            raise law_error(what, "dge_mode", "indirect transposes run through swdge only")
+        detail |= _gather_transpose(core, dst, src, order, oob_mode)
+        mode = "swdge"
+        reads = (src, src.indirection.index)  # type: ignore[union-attr]
+    else:
+        if oob_mode is OobMode.skip:
+            raise law_error(what, "oob_mode", "skip is only valid with indirect indexing")
+        if dge_mode is DgeMode.hwdge:
+            _hwdge_transpose(src)
+        plain = core.resolve(src, what)
+        raw = core.load(plain)
+        mask = core.pending[0][0].transpose(order) if core.pending else None
+        core.store(dst, np.ascontiguousarray(raw.transpose(order)), mask)
+        reads = (plain,)
+    return core.record(what, "dma", (dst,), reads, name, mode=mode, **detail)
+
+
+def _hwdge_transpose(src: NkiTensor) -> None:
+    rows, last = src.shape[0], src.shape[-1]
+    legal = rows == 16 if src.ndim == 2 else rows in (1, 2, 4, 8, 16) and rows * src.shape[-2] % 16 == 0
+    if not legal or last > 128 or src.itemsize != 2:
+        raise law_error("dma_transpose", "src", f"{src!r}: hwdge needs 2-byte, last dim <= 128, 16 rows")
+
+
+def _gather_transpose(core: Core, dst: NkiTensor, src: NkiTensor, order: tuple[int, ...], oob: Any) -> dict[str, Any]:
+    what = "dma_transpose"
+    law.generation_at_least(core, f"{what}(indirect)", 3)
+    index = law.tensor(what, "vector_offset", src.indirection.index)  # type: ignore[union-attr]
+    n = src.shape[0]
+    problems = (
+        (src.ndim == 4 and 1 not in src.shape[1:3], "src", f"{src.shape}: dim 1 or dim 2 must be 1"),
+        (src.shape[-1] > 128, "src", f"last dim {src.shape[-1]} exceeds 128"),
+        (src.itemsize != 2, "src", f"dtype {src.dtype}: 2-byte types only"),
+        (src.on_chip, "src", "must be in HBM"),
+        (n % 16 != 0, "src", f"{n} rows, need a multiple of 16"),
+        (index.dtype not in law.INDEX_DTYPES, "vector_offset", f"dtype {index.dtype}, need uint32"),
+        (index.buffer is not SBUF or index.ndim != 2, "vector_offset", f"{index!r}: need a 2-D SBUF tile"),
+        (
+            index.shape[0] % 16 != 0 or not 16 <= index.shape[0] <= 128,
+            "vector_offset",
+            f"{index.shape[0]} partitions, need a multiple of 16 up to 128",
+        ),
+        (
+            index.free_size > 1 and index.shape[0] != 128,
+            "vector_offset",
+            f"{index.shape}: several columns need 128 rows",
+        ),
+        (index.size < n, "vector_offset", f"{index.size} indices for {n} rows"),
+    )
+    for bad, operand, problem in problems:
+        if bad:
+            raise law_error(what, operand, problem)
+    if oob is OobMode.skip:
+        core.machine.ambiguous(f"{what}: oob_mode: skip with mixed indices hangs trn2/trn3 devices")
+    rows = Rows(core, what, src, oob, transpose=True)
+    picked = rows.table[rows.indices[rows.valid]]
+    if rows.valid.all():
+        poison = None if rows.poison is None else rows.poison[rows.indices].transpose(order)
+        core.store(dst, np.ascontiguousarray(picked.transpose(order)), poison)
+    else:
+        old = core.invalid(dst)
+        back = tuple(np.argsort(order))
+        out = dst.array.transpose(back).copy()
+        out[rows.valid] = picked
+        mask = np.zeros(out.shape, bool) if old is None else old.transpose(back).copy()
+        mask[rows.valid] = False if rows.poison is None else rows.poison[rows.indices[rows.valid]]
+        core.store(dst, np.ascontiguousarray(out.transpose(order)), np.ascontiguousarray(mask.transpose(order)))
+    return {"descriptors": int(rows.valid.sum()), "row_bytes": src.size // n * src.itemsize, "rows": n}
+
+
+def dma_compute(
+    dst: NkiTensor,
+    srcs: Any,
+    reduce_op: Any,
+    scales: Any = None,
+    unique_indices: bool = True,
+    oob_mode: Any = OobMode.error,
+    name: str | None = None,
+) -> Instruction:
+    """dst = sum of srcs in fp32 by the DMA engines; with a vector_offset, read-modify-write of gathered rows."""
+    core = current()
+    what = "dma_compute"
+    if ops.resolve(reduce_op, what, "reduce_op").name != "add":
+        raise law_error(what, "reduce_op", f"{reduce_op!r}, need nl.add")
+    if scales is not None and any(float(s) != 1.0 for s in scales):
+        raise law_error(what, "scales", f"{scales}, need all 1.0")
+    srcs = [_endpoint(what, f"srcs[{i}]", s) for i, s in enumerate(srcs)]
+    dst = _endpoint(what, "dst", dst)
+    if not 1 <= len(srcs) <= 16 or any(s.size != dst.size for s in srcs):
+        raise law_error(what, "srcs", f"{[s.shape for s in srcs]}: need 1..16 tensors of dst's {dst.size} elements")
+    vectors = [t for t in (dst, *srcs) if t.indirection is not None and t.indirection.kind == "vector"]
+    detail: dict[str, Any] = {}
+    if not vectors:
+        total = np.zeros(dst.size, np.float32)
+        for s in srcs:
+            total += core.load_fp32(core.resolve(s, what)).reshape(-1)
+        core.store_fp32(core.resolve(dst, what), total)
+    elif not unique_indices or len(srcs) != 2:
+        raise law_error(what, "srcs", "indirect dma_compute needs exactly 2 srcs and unique_indices=True")
+    elif dst in vectors:
+        data = next(s for s in srcs if s.indirection is None)
+        detail = _scatter_add(core, dst, data, oob_mode)
+    else:
+        detail = _gather_add(core, dst, vectors[0], oob_mode)
+    mode = "swdge" if vectors else "static"
+    reads = tuple(s for s in srcs)
+    return core.record(what, "dma", (dst,), reads, name, mode=mode, **detail)
+
+
+def _scatter_add(core: Core, dst: NkiTensor, data: NkiTensor, oob: Any) -> dict[str, Any]:
+    rows = Rows(core, "dma_compute", dst, oob)
+    target, p = rows.indices[rows.valid], dst.shape[0]
+    law.unique_rows("dma_compute", target)
+    add = core.load_fp32(data).reshape((p, *dst.shape[1:]))[rows.valid]
+    rows.table[target] = dtypes.from_fp32(dtypes.to_fp32(rows.table[target], dst.dtype) + add, dst.dtype)
+    _scattered(core, rows, dst, target, None if rows.poison is None else rows.poison[target])
+    return {"descriptors": 2 * len(target), "row_bytes": dst.size // p * dst.itemsize, "rows": p}
+
+
+def _gather_add(core: Core, dst: NkiTensor, src: NkiTensor, oob: Any) -> dict[str, Any]:
+    rows = Rows(core, "dma_compute", src, oob)
+    p = src.shape[0]
+    out = core.load_fp32(dst).reshape(p, -1).copy()
+    picked = dtypes.to_fp32(rows.table[rows.indices[rows.valid]], src.dtype)
+    out[rows.valid] += picked.reshape(len(picked), -1)
+    core.store_fp32(dst, out)
+    return {"descriptors": int(rows.valid.sum()), "row_bytes": math.prod(src.shape[1:]) * src.itemsize, "rows": p}

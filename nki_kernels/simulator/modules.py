@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`as_nki`: the simulator under the names `nki`, `nki.language`, `nki.isa`, … for modules imported inside the block."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+from ..hardware import generation
+from . import isa, language
+from .errors import LawError
+from .runner import Kernel, default_target, launch, set_session_target
+from .tensor import NkiTensor
+
+
+def jit(func: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """`@nki.jit`, with or without arguments."""
+    if "platform_target" in options:
+        raise LawError("nki.jit: platform_target was removed; set NEURON_PLATFORM_TARGET_OVERRIDE or as_nki(target=…)")
+    if func is None:
+        return lambda f: jit(f, **options)
+    return func if isinstance(func, Kernel) else Kernel(func)
+
+
+def simulate(kernel: Any) -> Callable[..., Any]:
+    """`nki.simulate(kernel)(arrays)`: the same as calling the kernel here."""
+    wrapped = kernel if isinstance(kernel, Kernel) else Kernel(kernel)
+    return lambda *args, **kwargs: launch(wrapped, args, kwargs, default_target(), None, False).outputs
+
+
+class ReplicaGroup:
+    """Placeholder type named in signatures; collectives between devices are not simulated."""
+
+
+def _module(name: str, **attributes: Any) -> ModuleType:
+    module = ModuleType(name)
+    module.__dict__.update(attributes)
+    return module
+
+
+def nki_modules() -> dict[str, ModuleType]:
+    """The modules that stand for the `nki` package, by import name."""
+    top = _module("nki", __path__=[], __version__="0.6.0", jit=jit, simulate=simulate, dtype=str, trace=jit)
+    names = {
+        "language": language,
+        "isa": isa,
+        "collectives": _module("nki.collectives", ReplicaGroup=ReplicaGroup),
+        "typing": _module("nki.typing", tensor=NkiTensor),
+        "experimental": _module("nki.experimental", while_loop=language.while_loop),
+    }
+    modules = {"nki": top, "nki.isa.constants": isa.enums}
+    for name, module in names.items():
+        setattr(top, name, module)
+        modules[f"nki.{name}"] = module
+    return modules
+
+
+@contextlib.contextmanager
+def as_nki(target: str | None = None) -> Iterator[ModuleType]:
+    """Inside the block `import nki` gives the simulator, even if a real `nki` is installed.
+
+    Modules imported inside keep working after it. target: trn1, inf2, trn2 or trn3 (default: the environment's,
+    then trn2).
+    """
+    if target is not None:
+        generation(target)
+    modules = nki_modules()
+    saved = {name: sys.modules.pop(name) for name in list(sys.modules) if name == "nki" or name.startswith("nki.")}
+    sys.modules.update(modules)
+    before = default_target()
+    set_session_target(target)
+    language.set_default_target(default_target())
+    try:
+        yield modules["nki"]
+    finally:
+        for name in [n for n in sys.modules if n == "nki" or n.startswith("nki.")]:
+            del sys.modules[name]
+        sys.modules.update(saved)
+        set_session_target(None)
+        language.set_default_target(before)
