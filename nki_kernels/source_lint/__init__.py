@@ -84,15 +84,19 @@ def run_lint(paths: Sequence[str | Path], out: TextIO | None = None) -> int:
                 print(format_findings(report.findings), file=out)
             errors += sum(f.severity == "error" for f in report.findings)
             warnings += sum(f.severity == "warning" for f in report.findings)
-    summary = (f"{errors} errors, {warnings} warnings in {files} files: {kernels} nki.jit kernels, "
-               f"{functions} functions and classes of kernel code.")
+    summary = (f"{_count(errors, 'error')}, {_count(warnings, 'warning')} in {_count(files, 'file')}: "
+               f"{_count(kernels, 'nki.jit kernel')}, kernel code in {_count(functions, 'function or class', '')}.")
     if not files and not broken:
         summary = f"no Python file in {', '.join(map(str, paths)) or 'an empty list of paths'}."
         broken = 1
     elif not functions and not broken:
         summary += " No kernel code found: nothing is decorated with nki.jit or calls nki.isa."
-    print(summary + (f" {broken} files could not be read." if files and broken else ""), file=out)
+    print(summary + (f" {_count(broken, 'file')} could not be read." if files and broken else ""), file=out)
     return 2 if broken else int(errors > 0)
+
+
+def _count(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number} {noun}{plural if number != 1 else ''}"
 
 
 def _read(path: str | Path) -> str:

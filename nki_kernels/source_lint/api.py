@@ -71,7 +71,7 @@ def _check_ap(call: ast.Call, base: ast.expr, findings: Findings) -> None:
         findings.add("ap-indirection", call, "scalar_offset and vector_offset together")
     dim = argument(call, "indirect_dim")
     if isinstance(dim, ast.Constant) and dim.value != 0:
-        findings.add("ap-indirection", dim, f"indirect_dim={dim.value} with vector_offset")
+        findings.add("ap-indirection", dim, f"indirect_dim={ast.unparse(dim)} with vector_offset")
 
 
 def _is_slice(index: ast.expr) -> bool:

@@ -32,7 +32,12 @@ class Instruction:
         return value is not None and not (isinstance(value, ast.Constant) and value.value is None)
 
     def constant(self, name: str) -> object:
+        """The value of a literal argument, a negative number included; None for anything else."""
         value = self.get(name)
+        negative = isinstance(value, ast.UnaryOp) and isinstance(value.op, ast.USub)
+        if isinstance(value, ast.UnaryOp) and negative and isinstance(value.operand, ast.Constant):
+            number = value.operand.value
+            return -number if isinstance(number, int | float) else None
         return value.value if isinstance(value, ast.Constant) else None
 
     def member(self, module: Module, name: str) -> str:

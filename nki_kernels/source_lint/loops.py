@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of device loops (fori_loop, while_loop, dynamic_range) and of registers."""
+"""Checks of registers and device loops: fori_loop, while_loop, and the older dynamic_range and `while register:`."""
 
 import ast
 from collections.abc import Iterator
@@ -19,14 +19,14 @@ _CONSUMERS = frozenset({"range", "int", "float", "bool", "min", "max", "abs"})  
 class DeviceLoop:
     """One device loop: the statement or call, its body function (None if it cannot be found) and its variable."""
 
-    node: ast.Call | ast.For
+    node: ast.Call | ast.For | ast.While
     body: list[ast.stmt]
     function: FunctionNode | None
     variable: str | None
 
 
-def device_loops(module: Module, node: ast.AST) -> Iterator[DeviceLoop]:
-    """The device loops that run as part of `node` itself."""
+def device_loops(module: Module, node: ast.AST, registers: set[str]) -> Iterator[DeviceLoop]:
+    """The device loops that run as part of `node` itself; `registers` are the names that hold registers."""
     inner = {n.name: n for n in walk_own(node) if isinstance(n, FunctionNode)}
     for n in walk_own(node):
         if isinstance(n, ast.Call) and module.dotted(n.func) in DEVICE_LOOPS:
@@ -39,29 +39,32 @@ def device_loops(module: Module, node: ast.AST) -> Iterator[DeviceLoop]:
             yield DeviceLoop(n, function.body, function, variable)
         elif isinstance(n, ast.For) and isinstance(n.iter, ast.Call) and module.dotted(n.iter.func) == _DYNAMIC_RANGE:
             yield DeviceLoop(n, n.body, None, n.target.id if isinstance(n.target, ast.Name) else None)
+        elif isinstance(n, ast.While) and isinstance(n.test, ast.Name) and n.test.id in registers:
+            yield DeviceLoop(n, n.body, None, None)
 
 
 def check_loops(scope: Scope, findings: Findings) -> None:
     """All loop rules for one function, and for the loop bodies defined in it."""
     module = scope.module
-    for loop in device_loops(module, scope.node):
+    for loop in device_loops(module, scope.node, scope.registers):
         _check_call(module, findings, loop)
-        _check_nesting(module, findings, loop)
+        _check_nesting(scope, findings, loop)
         _check_exits(module, findings, loop)
         _check_psum(scope, findings, loop)
         _check_dmas(module, findings, loop)
         if loop.variable:
             _check_python_use(module, findings, loop.body, {loop.variable}, "loop-variable")
-    _check_no_reorder(module, findings, scope.node)
-    for n in walk_own(scope.node):
-        if isinstance(n, ast.While) and isinstance(n.test, ast.Name) and n.test.id in scope.registers:
-            findings.add("dynamic-range", n, f"while {n.test.id}")
-        elif isinstance(n, ast.For) and isinstance(n.iter, ast.Call) and module.dotted(n.iter.func) == _DYNAMIC_RANGE:
-            findings.add("dynamic-range", n.iter, "dynamic_range")
+        if isinstance(loop.node, ast.While):
+            findings.add("dynamic-range", loop.node, f"while {ast.unparse(loop.node.test)}")
+        elif isinstance(loop.node, ast.For):
+            findings.add("dynamic-range", loop.node.iter, "dynamic_range")
+    _check_no_reorder(scope, findings)
     _check_python_use(module, findings, scope.node.body, scope.registers, "register-arithmetic")
 
 
 def _check_call(module: Module, findings: Findings, loop: DeviceLoop) -> None:
+    if isinstance(loop.node, ast.While):
+        return
     if isinstance(loop.node, ast.For):
         assert isinstance(loop.node.iter, ast.Call)
         step = argument(loop.node.iter, "step", 2)
@@ -89,16 +92,18 @@ def _contains_loop(module: Module, node: ast.AST, seen: set[ast.AST]) -> bool:
     if node in seen:
         return False
     seen.add(node)
-    if next(device_loops(module, node), None) is not None:
+    registers = Scope.of(module, node).registers if isinstance(node, FunctionNode) else set()
+    if next(device_loops(module, node, registers), None) is not None:
         return True
     called = {n.func.id for n in walk_own(node) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
     targets = [module.definitions.get(name) for name in called]
     return any(isinstance(t, FunctionNode) and _contains_loop(module, t, seen) for t in targets)
 
 
-def _check_nesting(module: Module, findings: Findings, loop: DeviceLoop) -> None:
+def _check_nesting(scope: Scope, findings: Findings, loop: DeviceLoop) -> None:
+    module = scope.module
     block = ast.Module(body=loop.body, type_ignores=[])
-    for inner in device_loops(module, block):
+    for inner in device_loops(module, block, scope.registers):
         findings.add("nested-device-loop", inner.node, f"device loop inside the one of line {loop.node.lineno}")
     for n in walk_own(block):
         if isinstance(n, ast.Call) and isinstance(n.func, ast.Name):
@@ -108,7 +113,7 @@ def _check_nesting(module: Module, findings: Findings, loop: DeviceLoop) -> None
 
 
 def _check_exits(module: Module, findings: Findings, loop: DeviceLoop) -> None:
-    if isinstance(loop.node, ast.For):
+    if not isinstance(loop.node, ast.Call):
         for n in _walk_body(loop.body):
             if isinstance(n, ast.Break | ast.Continue | ast.Return) and _innermost(loop.node, n):
                 findings.add("loop-jump", n, type(n).__name__.lower())
@@ -125,7 +130,7 @@ def _check_exits(module: Module, findings: Findings, loop: DeviceLoop) -> None:
             findings.add("loop-return", n, f"fori_loop body {loop.function.name} returns a value")
 
 
-def _innermost(loop: ast.For, jump: ast.AST) -> bool:
+def _innermost(loop: ast.For | ast.While, jump: ast.AST) -> bool:
     """Whether a jump leaves `loop` itself, not an unrolled loop inside it."""
     if isinstance(jump, ast.Return):
         return True
@@ -161,13 +166,14 @@ def _check_dmas(module: Module, findings: Findings, loop: DeviceLoop) -> None:
             names.add(name.value)
 
 
-def _check_no_reorder(module: Module, findings: Findings, node: FunctionNode) -> None:
-    for n in walk_own(node):
+def _check_no_reorder(scope: Scope, findings: Findings) -> None:
+    module = scope.module
+    for n in walk_own(scope.node):
         if isinstance(n, ast.With) and any(
             isinstance(i.context_expr, ast.Call) and module.dotted(i.context_expr.func) == f"{LANGUAGE}.no_reorder"
             for i in n.items
         ):
-            for loop in device_loops(module, n):
+            for loop in device_loops(module, n, scope.registers):
                 findings.add("loop-no-reorder", loop.node, "device loop")
 
 

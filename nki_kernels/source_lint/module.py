@@ -107,8 +107,8 @@ class Module:
             if self.dotted(decorator.func).endswith("partial") and decorator.args:
                 return self.is_jit(decorator.args[0])
             decorator = decorator.func
-        name = self.dotted(decorator)
-        return name == "nki.jit" or name.endswith(".nki.jit")
+        *packages, last = self.dotted(decorator).split(".")
+        return last == "jit" and any(p == "nki" or p.startswith("nki_") for p in packages)  # nki_kernels.toolchain.jit
 
     def _find_entries(self) -> None:
         for node in ast.walk(self.tree):

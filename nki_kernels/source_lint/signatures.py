@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parameter names of the nki.isa instructions of NKI 0.6 [doc]: required ones, then optional ones after the bar.
 
-Every instruction also takes the optional `name`. `priority` of dma_copy and dma_transpose, and `engine` where listed,
-are optional everywhere.
+Every instruction but the register calls also takes the optional `name`.
 """
 
 from typing import NamedTuple
@@ -75,12 +74,13 @@ class Signature(NamedTuple):
         return self.required + self.optional
 
 
-def _parse(text: str) -> Signature:
+def _parse(instruction: str, text: str) -> Signature:
     required, _, optional = text.partition("|")
-    return Signature(tuple(required.split()), (*optional.split(), "name"))
+    name = () if instruction.startswith("register_") else ("name",)
+    return Signature(tuple(required.split()), (*optional.split(), *name))
 
 
-SIGNATURES: dict[str, Signature] = {name: _parse(text) for name, text in _TABLE.items()}
+SIGNATURES: dict[str, Signature] = {instruction: _parse(instruction, text) for instruction, text in _TABLE.items()}
 
 DMA = frozenset({"dma_copy", "dma_transpose", "dma_compute"})
 ENUM_PARAMETERS = frozenset({"engine", "dge_mode", "oob_mode", "reduce_cmd", "perf_mode", "dma_engine"})
