@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from nki_kernels.simulator import isa
 from nki_kernels.source_lint import RULES, SourceError, format_findings, lint_file, lint_source, run_lint
+from nki_kernels.source_lint.signatures import SIGNATURES
 
 HEADER = """\
 import functools
