@@ -33,41 +33,56 @@ class IncrementalDetokenizer:
     """Text of one sequence's output.
 
     prompt_token_ids: their last few are context, so that the text is what decoding prompt and output together adds to
-    the prompt's text. Where byte tokens make an invalid run, a decoder may render the whole run anew; text already
-    given stays.
+    the prompt's text. A byte-fallback decoder rejects all bytes of a run that ends inside a character, also those it
+    accepted before; text already given stays as it was.
     """
 
-    __slots__ = ("_decode", "_window", "_num_chars")
+    __slots__ = ("_decode", "_window", "_given", "_num_held")
 
     def __init__(self, decode: Decode, prompt_token_ids: Sequence[int] = ()) -> None:
         self._decode = decode
-        self._window = list(prompt_token_ids[-_CONTEXT:])
-        # Characters of decode(window) that are prompt or already given.
-        self._num_chars = len(decode(self._window)) if self._window else 0
+        self._window = list(prompt_token_ids[-2 * _CONTEXT :])
+        self._given = ""  # start of decode(window) that is prompt or already given
+        self._num_held = 0  # last ids of the window, since all text was given
+        if self._window:
+            self._cut_window()
 
     def append(self, token_ids: Sequence[int]) -> str:
         """Text that these ids settle; an unfinished character waits for the next call."""
         self._window.extend(token_ids)
+        self._num_held += len(token_ids)
         text = self._decode(self._window)
-        end = _settled_length(text)
-        new = text[self._num_chars : end]
-        self._num_chars = max(self._num_chars, end)
-        if len(self._window) > _WINDOW and end == len(text):
+        if not text.startswith(self._given):
+            if self._num_held <= _MAX_UNSETTLED:
+                return ""
+            # The bytes held are no character: on without the run that they spoilt.
+            self._window = self._window[-self._num_held :]
+            self._given = ""
+            text = self._decode(self._window)
+        start, end = len(self._given), _settled_length(text)
+        self._given = text[: max(start, end)]
+        if end == len(text):
+            self._num_held = 0
+        if len(self._window) > _WINDOW:
             self._cut_window()
-        return new
+        return text[start:end]
 
     def flush(self) -> str:
         """The rest: an unfinished character as replacement characters. Nothing may be appended after it."""
-        return self._decode(self._window)[self._num_chars :]
+        text = self._decode(self._window)
+        if text.startswith(self._given):
+            return text[len(self._given) :]
+        return self._decode(self._window[-self._num_held :])
 
     def _cut_window(self) -> None:
         for size in range(_CONTEXT, 2 * _CONTEXT):
             text = self._decode(self._window[-size:])
             # A window that starts inside a character would make a byte-fallback decoder reject all bytes after it.
-            if not text.startswith(REPLACEMENT) or size == 2 * _CONTEXT - 1:
-                self._window = self._window[-size:]
-                self._num_chars = len(text)
-                return
+            if not text.startswith(REPLACEMENT):
+                break
+        self._window = self._window[-size:]
+        self._given = text[: _settled_length(text)]
+        self._num_held = min(self._num_held, size)
 
 
 def _settled_length(text: str) -> int:
