@@ -85,7 +85,7 @@ def run_lint(paths: Sequence[str | Path], out: TextIO | None = None) -> int:
             errors += sum(f.severity == "error" for f in report.findings)
             warnings += sum(f.severity == "warning" for f in report.findings)
     summary = (f"{_count(errors, 'error')}, {_count(warnings, 'warning')} in {_count(files, 'file')}: "
-               f"{_count(kernels, 'nki.jit kernel')}, kernel code in {_count(functions, 'function or class', '')}.")
+               f"{_count(kernels, 'nki.jit kernel')}, kernel code in {_count(functions, 'definition')}.")
     if not files and not broken:
         summary = f"no Python file in {', '.join(map(str, paths)) or 'an empty list of paths'}."
         broken = 1
@@ -95,8 +95,8 @@ def run_lint(paths: Sequence[str | Path], out: TextIO | None = None) -> int:
     return 2 if broken else int(errors > 0)
 
 
-def _count(number: int, noun: str, plural: str = "s") -> str:
-    return f"{number} {noun}{plural if number != 1 else ''}"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number != 1 else ''}"
 
 
 def _read(path: str | Path) -> str:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds the kernel code of a Python file: the functions and classes that the NKI front end would read.
 
-Kernel code starts at functions decorated with nki.jit or passed to it, and at functions that issue device calls
-themselves (sub-kernels, which are left undecorated and jitted elsewhere). It spreads to every function and class of
+Kernel code starts at functions decorated with nki.jit or passed to it, and at sub-kernels: functions, left undecorated
+and jitted elsewhere, that issue device calls or call a function that does. It spreads to every function and class of
 the same file that kernel code names. Everything else is host code.
 """
 
@@ -120,13 +120,23 @@ class Module:
                     if isinstance(target, FunctionNode) and target not in self.entries:
                         self.entries.append(target)
 
-    def _is_sub_kernel(self, node: FunctionNode) -> bool:
-        return any(isinstance(n, ast.Call) and self.dotted(n.func) in _DEVICE_CALLS for n in walk_own(node))
+    def _find_sub_kernels(self) -> set[FunctionNode]:
+        """Functions that issue device calls, and those that call them directly (not through a jitted kernel)."""
+        functions = [n for n in ast.walk(self.tree) if isinstance(n, FunctionNode)]
+        calls = {f: [n for n in walk_own(f) if isinstance(n, ast.Call)] for f in functions}
+        found = {f for f in functions if any(self.dotted(call.func) in _DEVICE_CALLS for call in calls[f])}
+        size = 0
+        while size != len(found):
+            size = len(found)
+            names = {name for name, node in self.definitions.items() if node in found and node not in self.entries}
+            found.update(f for f in functions
+                         if any(isinstance(call.func, ast.Name) and call.func.id in names for call in calls[f]))
+        return found
 
     def _spread(self) -> None:
         seen: set[ast.AST] = set()
         queue: list[FunctionNode | ast.ClassDef] = list(self.entries)
-        self._queue_sub_kernels(self.tree, None, queue)
+        self._queue_sub_kernels(self._find_sub_kernels(), self.tree, None, queue)
         while queue:
             node = queue.pop(0)
             if node in seen:
@@ -140,15 +150,15 @@ class Module:
             queue.extend(self._references(node))
         self._order()
 
-    def _queue_sub_kernels(self, node: ast.AST, owner: ast.ClassDef | None,
+    def _queue_sub_kernels(self, found: set[FunctionNode], node: ast.AST, owner: ast.ClassDef | None,
                            queue: list[FunctionNode | ast.ClassDef]) -> None:
-        """Outermost functions that issue device calls; for a method, its whole class."""
+        """The outermost sub-kernels; for a method, its whole class."""
         for child in ast.iter_child_nodes(node):
-            if isinstance(child, FunctionNode) and self._is_sub_kernel(child):
+            if isinstance(child, FunctionNode) and child in found:
                 queue.append(owner or child)
             else:
                 inside = child if isinstance(child, ast.ClassDef) else None
-                self._queue_sub_kernels(child, inside, queue)
+                self._queue_sub_kernels(found, child, inside, queue)
 
     def is_called_by_kernels(self, node: FunctionNode) -> bool:
         """Whether other kernel code of this file names the function."""

@@ -351,6 +351,14 @@ def test_undecorated_function_with_instructions_is_a_sub_kernel() -> None:
     assert rules_of(text) == ["raise"]
 
 
+def test_caller_of_a_sub_kernel_is_kernel_code_but_not_the_caller_of_a_kernel() -> None:
+    sub = "def sub(dst, src):\n    nisa.tensor_copy(dst, src)\n\n"
+    caller = "def caller(dst, src):\n    sub(dst, src)\n    raise ValueError\n"
+    assert rules_of(HEADER + sub + caller) == ["raise"]
+    assert rules_of(HEADER + "@nki.jit\n" + sub + caller) == []
+    assert rules_of(HEADER + sub + caller.replace("sub(dst, src)", "nki.jit(sub)(dst, src)")) == []
+
+
 @pytest.mark.parametrize("imports", [
     "from nki.isa import nc_matmul as matmul\nimport nki.language as nl\nimport nki",
     "from nki import isa, language as nl, jit\nmatmul = None",
@@ -432,7 +440,7 @@ def run(*paths: Path) -> tuple[int, list[str]]:
 def test_run_lint_exit_codes_and_summary(write) -> None:
     good, warned, bad = (write("good.py", kernel("print(n)")), write("warned.py", kernel("print(n is None)")),
                          write("bad.py", kernel("raise ValueError")))
-    assert run(good) == (0, ["0 errors, 0 warnings in 1 file: 1 nki.jit kernel, kernel code in 1 function or class."])
+    assert run(good) == (0, ["0 errors, 0 warnings in 1 file: 1 nki.jit kernel, kernel code in 1 definition."])
     assert run(good, warned)[0] == 0
     code, lines = run(good.parent)  # a directory
     assert code == 1
