@@ -27,11 +27,12 @@ class StepLogprobs(NamedTuple):
 
 class StepResult(NamedTuple):
     """token_ids i32 [S]: one per sample of the batch. logprobs: of samples whose request asks for them.
-    prompt_logprobs: of prompt tokens whose request asks for them."""
+    prompt_logprobs: of prompt tokens whose request asks for them. sample_s: seconds of sampling, if measured."""
 
     token_ids: npt.NDArray[np.int32]
     logprobs: StepLogprobs | None = None
     prompt_logprobs: StepLogprobs | None = None
+    sample_s: float = 0.0
 
 
 class Executor(Protocol):

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from neuron_paged.config import CacheConfig, EngineConfig, SchedulerConfig
 from neuron_paged.engine.cache_sizing import available_memory_bytes, choose_num_blocks
@@ -36,7 +36,13 @@ class LLM:
     """
 
     def __init__(
-        self, model: str | Path, *, dtype: str = "auto", seed: int = 0, progress: bool = True, **engine_settings: Any
+        self,
+        model: str | Path,
+        *,
+        dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+        seed: int | None = 0,
+        progress: bool = True,
+        **engine_settings: Any,
     ) -> None:
         cache, scheduler = _split_settings(engine_settings)
         from neuron_paged.engine.model_runner import ModelRunner, block_bytes

@@ -17,7 +17,7 @@ from neuron_paged.config import EngineConfig
 from neuron_paged.engine.batch import Batch, build_batch
 from neuron_paged.engine.detokenizer import make_decode
 from neuron_paged.engine.executor import Executor, StepLogprobs, StepResult
-from neuron_paged.engine.metrics import EngineMetrics
+from neuron_paged.engine.metrics import STEP_PHASES, EngineMetrics
 from neuron_paged.engine.outputs import RequestOutput
 from neuron_paged.engine.prompts import Prompt, parse_prompt
 from neuron_paged.engine.request import Completion, Request, TokenizerView
@@ -164,6 +164,8 @@ class LLMEngine:
             outputs = _outputs(changed)
         except BaseException as error:
             failed = self._end_failed(output if is_executing else None)
+            self.metrics.num_failed_steps += 1
+            self.metrics.record_state(self.scheduler)
             if not isinstance(error, Exception):
                 raise
             raise StepError(
@@ -171,7 +173,11 @@ class LLMEngine:
                 "blocks; the engine goes on.",
                 tuple(failed),
             ) from error
-        self._record(output, batch, (started, scheduled, built, executed, time.perf_counter()))
+        ended = time.perf_counter()
+        phases = (scheduled - started, built - scheduled, executed - built - result.sample_s, result.sample_s)
+        self.metrics.record_step(
+            self.scheduler, output, dict(zip(STEP_PHASES, (*phases, ended - executed), strict=True))
+        )
         return outputs
 
     def _execute(self, batch: Batch) -> StepResult:
@@ -193,6 +199,10 @@ class LLMEngine:
             self._add_prompt_logprobs(batch, result.prompt_logprobs)
         if result.logprobs is not None:
             self._add_logprobs(samples, result.logprobs)
+        now = time.perf_counter()
+        for item in prefills:
+            if item.num_samples:
+                self._note_first_token(item.sequence, now)  # before any of its samples may end it
         completions = self._completions
         for sequence, token_id in zip(samples, result.token_ids.tolist(), strict=True):
             sequence.append_token(token_id)
@@ -208,10 +218,6 @@ class LLMEngine:
                 self.scheduler.finish(sequence, status)
                 self._complete(completion, status)
             changed[sequence.request_id] = completion.request
-        now = time.perf_counter()
-        for item in prefills:
-            if item.num_samples:
-                self._note_first_token(item.sequence, now)
 
     def _fork_samples(self, samples: SequenceOf[Sequence]) -> list[Sequence]:
         """The sequence of each sample, where a prompt that draws several is forked into as many."""
@@ -255,6 +261,24 @@ class LLMEngine:
             request.metrics.finished_time = time.perf_counter()
             del self._requests[request.request_id]
             self._record_finished(request)
+
+    def _note_first_token(self, sequence: Sequence, now: float) -> None:
+        """Its prompt is finished (again, if it was preempted: only the first time counts)."""
+        metrics = self._completions[sequence.seq_id].request.metrics
+        if metrics.first_token_time is None:
+            metrics.first_token_time = now
+            self.metrics.record_first_token(
+                sequence.num_prompt_tokens, sequence.num_cached_tokens, now - metrics.arrival_time
+            )
+
+    def _record_finished(self, request: Request) -> None:
+        times = request.metrics
+        assert times.finished_time is not None
+        first = times.first_token_time or times.finished_time
+        longest = max(len(c.sequence.output_token_ids) for c in request.completions)
+        self.metrics.record_finished(
+            request.leader.status, longest, times.finished_time - first, times.finished_time - times.arrival_time
+        )
 
     def _end_request(self, request: Request, status: SequenceStatus) -> None:
         for completion in request.completions:

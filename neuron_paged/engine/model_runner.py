@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """ModelRunner: the Executor that runs a model step in this process. Owns the KV caches and their host counterpart."""
 
+import time
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -68,7 +69,9 @@ class ModelRunner:
         with torch.inference_mode():
             self._move_blocks(batch)
             logits_indices, sample_rows, prompt = _logits_tensors(batch)
+            clock = [time.perf_counter()]
             sampling = build_sampling_tensors(batch.sample_sequences, self.model.config.vocab_size)
+            clock.append(time.perf_counter())
             output = self._step(
                 torch.from_numpy(batch.token_ids),
                 torch.from_numpy(batch.positions),
@@ -83,7 +86,11 @@ class ModelRunner:
                 sampling,
                 self.kv_caches,
                 prompt,
+                lambda: clock.append(time.perf_counter()),
             )
+        clock.append(time.perf_counter())
+        # Making the tensors, and what follows the logits; a step without samples has no third reading but the last.
+        sample_s = clock[1] - clock[0] + clock[-1] - clock[min(2, len(clock) - 1)]
         token_ids = output.token_ids.numpy().astype(np.int32)
         logprobs = prompt_logprobs = None
         if output.logprobs is not None and sampling.logprob_rows is not None:
@@ -92,7 +99,7 @@ class ModelRunner:
         if output.prompt_logprobs is not None and prompt is not None:
             rows = np.arange(len(prompt.token_ids), dtype=np.int32)
             prompt_logprobs = _to_numpy(output.prompt_logprobs, rows, prompt.token_ids.numpy().astype(np.int32))
-        return StepResult(token_ids, logprobs, prompt_logprobs)
+        return StepResult(token_ids, logprobs, prompt_logprobs, sample_s)
 
     def _move_blocks(self, batch: Batch) -> None:
         ops = torch.ops.neuron_paged
@@ -137,8 +144,8 @@ def _logits_tensors(batch: Batch) -> tuple[Tensor, Tensor | None, PromptLogprobT
             torch.tensor([i for p in parts for i in p.target_token_ids], dtype=torch.int64),
             states[0].vocab_size if min(wanted) < 0 else max(wanted),
         )
-        kept, rows = np.unique(rows, return_inverse=True)
-        indices, rows = indices[kept], rows.astype(np.int32)
+        kept, inverse = np.unique(rows, return_inverse=True)
+        indices, rows = indices[kept], inverse.astype(np.int32)
     is_identity = len(rows) == len(indices) and bool((rows == np.arange(len(rows))).all())
     return torch.from_numpy(indices), None if is_identity else torch.from_numpy(rows), prompt
 

@@ -86,7 +86,7 @@ def _check_token_ids(token_ids: Any, vocab_size: int) -> list[int]:
     if set(map(type, token_ids)) == {int} and 0 <= min(token_ids) and max(token_ids) < vocab_size:
         return list(token_ids)
     for position, token_id in enumerate(token_ids):
-        if isinstance(token_id, bool) or not isinstance(token_id, Integral) or not 0 <= token_id < vocab_size:
+        if isinstance(token_id, bool) or not isinstance(token_id, Integral) or not 0 <= int(token_id) < vocab_size:
             raise InvalidRequestError(
                 f"prompt_token_ids: got {token_id!r} at position {position}, need integers in [0, {vocab_size - 1}] "
                 "(the model's vocabulary)."

@@ -40,11 +40,11 @@ class UniformStream:
 
 
 class EditRow(NamedTuple):
-    """Edits of one sequence's logits: token_ids i64, seen bool, count f32, bias f32, all [U], ids unique."""
+    """Edits of one sequence's logits: token_ids i64, seen bool, output_count f32, bias f32, all [U], ids unique."""
 
     token_ids: npt.NDArray[np.int64]
     seen: npt.NDArray[np.bool_]
-    count: npt.NDArray[np.float32]
+    output_count: npt.NDArray[np.float32]
     bias: npt.NDArray[np.float32]
 
 

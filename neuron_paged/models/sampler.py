@@ -21,14 +21,14 @@ _GROUP_SIZE = 128
 class LogitEdits(NamedTuple):
     """Changes of single logits. Unused places of a row repeat its first id with the same values.
 
-    rows [E] i64 into S; token_ids [E, U] i64; seen [E, U] bool (in prompt or output); count [E, U] f32 (times in the
-    output); bias [E, U] f32 (-inf masks); repetition_penalty, presence_penalty, frequency_penalty [E] f32.
+    rows [E] i64 into S; token_ids [E, U] i64; seen [E, U] bool (in prompt or output); output_count [E, U] f32;
+    bias [E, U] f32 (-inf masks); repetition_penalty, presence_penalty, frequency_penalty [E] f32.
     """
 
     rows: Tensor
     token_ids: Tensor
     seen: Tensor
-    count: Tensor
+    output_count: Tensor
     bias: Tensor
     repetition_penalty: Tensor
     presence_penalty: Tensor
@@ -116,8 +116,8 @@ def apply_edits(logits: Tensor, edits: LogitEdits) -> Tensor:
     x = logits[edits.rows[:, None], edits.token_ids]
     repetition = edits.repetition_penalty[:, None]
     x = torch.where(edits.seen, torch.where(x > 0, x / repetition, x * repetition), x)
-    x = x - edits.frequency_penalty[:, None] * edits.count
-    x = x - edits.presence_penalty[:, None] * (edits.count > 0)
+    x = x - edits.frequency_penalty[:, None] * edits.output_count
+    x = x - edits.presence_penalty[:, None] * (edits.output_count > 0)
     x = x + edits.bias
     return logits.index_put((edits.rows[:, None], edits.token_ids), x)
 
