@@ -18,7 +18,18 @@ from .views import contiguous_strides, merge_strides, parse_rearrange, reshape_s
 
 
 class NKIObject:
-    """Base of kernel-side records: keyword arguments become fields."""
+    """Base of kernel-side records: keyword arguments become fields.
+
+    A class attribute without annotation counts as a field of a `@dataclass` subclass too, as NKI treats it.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = cls.__dict__.get("__annotations__", {})
+        plain = (type(None), bool, int, float, str)
+        missing = {n: Any for n, v in vars(cls).items() if n[:2] != "__" and n not in own and isinstance(v, plain)}
+        if missing:
+            cls.__annotations__ = {**own, **missing}
 
     def __init__(self, **kwargs: Any) -> None:
         for key, value in kwargs.items():

@@ -12,11 +12,12 @@ import numpy as np
 from .. import dtypes, law, ops
 from ..errors import LawError, OutOfBoundsError, at_line
 from ..errors import law as law_error
-from ..machine import Core, Instruction, Mask, current, shifted
+from ..machine import Core, Instruction, Mask, current
 from ..memory import PSUM, SBUF
 from ..tensor import NkiTensor
 from .enums import dge_mode as DgeMode
 from .enums import engine as Engine
+from .enums import member
 from .enums import oob_mode as OobMode
 
 TRANSPOSE_AXES = {2: (1, 0), 3: (2, 1, 0), 4: (3, 1, 2, 0)}
@@ -83,8 +84,6 @@ def _mode(core: Core, instruction: str, dge: Any, engine: Any, priority: Any, ds
             raise law_error(instruction, "dge_mode", "hwdge cannot gather or scatter; use swdge")
         if dst.dtype != src.dtype:
             raise law_error(instruction, "dge_mode", f"hwdge cannot convert {src.dtype} to {dst.dtype}")
-    elif dge not in (DgeMode.unknown, DgeMode.swdge, DgeMode.none):
-        raise law_error(instruction, "dge_mode", f"{dge!r}, need a member of nisa.dge_mode")
     if engine is not Engine.unknown and engine is not None:
         if dge is not DgeMode.hwdge or engine not in (Engine.sync, Engine.scalar):
             raise law_error(instruction, "engine", f"{engine}: only sync or scalar, and only with hwdge")
@@ -118,6 +117,8 @@ def dma_copy(
     law.writable("dma_copy", "dst", dst)
     if dst.size != src.size:
         raise law_error("dma_copy", "src", f"{src.shape} has {src.size} elements, dst {dst.shape} has {dst.size}")
+    dge_mode = member("dma_copy", "dge_mode", DgeMode, dge_mode)
+    oob_mode = member("dma_copy", "oob_mode", OobMode, oob_mode)
     mode = _mode(core, "dma_copy", dge_mode, engine, priority, dst, src)
     src_vector = src.indirection is not None and src.indirection.kind == "vector"
     dst_vector = dst.indirection is not None and dst.indirection.kind == "vector"
@@ -126,19 +127,16 @@ def dma_copy(
     if src_vector and dst_vector:
         raise law_error("dma_copy", "vector_offset", "only one side may have one")
     if src_vector:
-        dst = _scalar_side(core, dst, oob_mode) or dst
+        dst = core.resolve(dst, "dma_copy")
         detail = _gather(core, dst, src, oob_mode)
     elif dst_vector:
         if src.buffer is not SBUF:
             raise law_error("dma_copy", "src", f"{src!r}: the source of a vector scatter must be in SBUF")
         detail = _scatter(core, dst, core.resolve(src, "dma_copy"), oob_mode)
     else:
-        plain_dst, plain_src = _scalar_side(core, dst, oob_mode), _scalar_side(core, src, oob_mode)
-        if plain_dst is None or plain_src is None:
-            detail = {"skipped": True}
-        else:
-            dst, src = plain_dst, plain_src
-            reads = (src,)
+        dst, src, detail = _plain_sides(core, dst, src, oob_mode)
+        reads = (src,)
+        if not detail:
             _copy(core, dst, src)
     for t in (dst, src):
         if t.indirection is not None and isinstance(t.indirection.index, NkiTensor):
@@ -146,17 +144,36 @@ def dma_copy(
     return core.record("dma_copy", "dma", (dst,), reads, name, mode=mode, **detail)
 
 
-def _scalar_side(core: Core, t: NkiTensor, oob: Any) -> NkiTensor | None:
-    """A plain view; None if its scalar offset is out of bounds and skipped."""
+def _plain_sides(core: Core, dst: NkiTensor, src: NkiTensor, oob: Any) -> tuple[NkiTensor, NkiTensor, dict[str, Any]]:
+    """Both sides without dynamic offsets. Under skip, rows (of dim 0) that leave their tensor are dropped."""
+    if oob is not OobMode.skip:
+        return core.resolve(dst, "dma_copy"), core.resolve(src, "dma_copy"), {}
+    rows = [_rows_inside(core, t) for t in (dst, src) if t.indirection is not None]
+    kept = min((n for n, _ in rows), default=dst.shape[0])
+    if all(n == total for n, total in rows):
+        return core.resolve(dst, "dma_copy"), core.resolve(src, "dma_copy"), {}
+    if kept == 0 or dst.shape[0] != src.shape[0]:
+        return dst, src, {"skipped": True}
+    dst, src = (
+        NkiTensor(t.storage, (kept, *t.shape[1:]), t.strides, t.offset, t.dtype, t.indirection) for t in (dst, src)
+    )
+    return core.resolve(dst, "dma_copy"), core.resolve(src, "dma_copy"), {}
+
+
+def _rows_inside(core: Core, t: NkiTensor) -> tuple[int, int]:
+    """(rows of dim 0 whose elements all lie in the tensor after the scalar offset, rows)."""
     ind = t.indirection
-    if ind is None:
-        return t
-    try:
-        return shifted(t, core.scalar_index(ind.index, "dma_copy"), "dma_copy")
-    except OutOfBoundsError:
-        if oob is OobMode.skip:
-            return None
-        raise
+    assert ind is not None
+    index = core.scalar_index(ind.index, "dma_copy")
+    if index < 0:
+        return 0, t.shape[0]
+    start = t.offset * t.itemsize + index * ind.stride_bytes
+    inner = (sum((n - 1) * s for n, s in zip(t.shape[1:], t.strides[1:], strict=True)) + 1) * t.itemsize
+    room = t.storage.nbytes - start - inner
+    if room < 0:
+        return 0, t.shape[0]
+    step = t.strides[0] * t.itemsize
+    return (min(t.shape[0], room // step + 1) if step else t.shape[0]), t.shape[0]
 
 
 def _copy(core: Core, dst: NkiTensor, src: NkiTensor) -> None:
@@ -245,6 +262,7 @@ def dma_transpose(
     what = "dma_transpose"
     dst, src = _endpoint(what, "dst", dst), _endpoint(what, "src", src)
     law.writable(what, "dst", dst)
+    dge_mode, oob_mode = member(what, "dge_mode", DgeMode, dge_mode), member(what, "oob_mode", OobMode, oob_mode)
     order = tuple(axes) if axes is not None else TRANSPOSE_AXES.get(src.ndim, ())
     if order != TRANSPOSE_AXES.get(src.ndim):
         raise law_error(what, "axes", f"{order} for {src.ndim} dimensions, need {TRANSPOSE_AXES.get(src.ndim)}")
@@ -355,6 +373,7 @@ def dma_compute(
         raise law_error(what, "reduce_op", f"{reduce_op!r}, need nl.add")
     if scales is not None and any(float(s) != 1.0 for s in scales):
         raise law_error(what, "scales", f"{scales}, need all 1.0")
+    oob_mode = member(what, "oob_mode", OobMode, oob_mode)
     srcs = [_endpoint(what, f"srcs[{i}]", s) for i, s in enumerate(srcs)]
     dst = _endpoint(what, "dst", dst)
     if not 1 <= len(srcs) <= 16 or any(s.size != dst.size for s in srcs):

@@ -85,13 +85,23 @@ def get_nc_sub_version() -> int:
     return 0
 
 
+def member(instruction: str, operand: str, kind: type[Enum], value: Any) -> Any:
+    """`value` as a member of `kind`; the integers of old kernels are read by value."""
+    if isinstance(value, kind):
+        return value
+    if value is None:
+        return kind(0)
+    if isinstance(value, int) and not isinstance(value, bool) and any(value == m.value for m in kind):
+        current().machine.ambiguous(f"{instruction}: {operand}: integer {value} instead of nisa.{kind.__name__}")
+        return kind(value)
+    raise law(instruction, operand, f"got {value!r}, need a member of nisa.{kind.__name__}")
+
+
 def pick(instruction: str, wanted: Any, allowed: tuple[str, ...], default: str) -> str:
     """Engine name for `wanted` (an `engine` member), or `default` for unknown."""
     if wanted is None or wanted is engine.unknown:
         return default
-    if not isinstance(wanted, engine):
-        raise law(instruction, "engine", f"got {wanted!r}, need a member of nisa.engine")
-    name = wanted.name
+    name = member(instruction, "engine", engine, wanted).name
     if name not in allowed:
         raise law(
             instruction,

@@ -12,7 +12,7 @@ from ..memory import PSUM, SBUF
 from ..ops import Op
 from ..tensor import NkiTensor
 from .enums import engine as Engine
-from .enums import pick, reduce_cmd
+from .enums import member, pick, reduce_cmd
 
 ERRSTATE: dict[str, Any] = {"all": "ignore"}
 
@@ -322,6 +322,7 @@ def accumulate_rows(core: Core, what: str, op: Op, rows: np.ndarray, command: An
     """Fold per-partition results into the VectorE accumulators under `command`; returns their values."""
     acc = core.vector_accumulators
     p = rows.shape[0]
+    command = member(what, "reduce_cmd", reduce_cmd, command)
     if command is reduce_cmd.idle:
         acc.valid = False
         core.machine.ambiguous(f"{what}: reduce_cmd: idle leaves the accumulators undefined; use reset_reduce")
