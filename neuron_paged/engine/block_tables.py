@@ -6,8 +6,7 @@ from numpy.typing import NDArray
 
 from neuron_paged.engine.sequence import Sequence
 from neuron_paged.errors import IntegrityError
-
-NULL_BLOCK_ID = 0
+from nki_kernels.layout import NULL_BLOCK_ID
 
 
 class BlockTables:

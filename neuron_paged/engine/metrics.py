@@ -134,7 +134,9 @@ class EngineMetrics:
         self.num_cached_prompt_tokens += num_cached_tokens
         self.time_to_first_token_s.observe(seconds)
 
-    def record_finished(self, status: SequenceStatus, num_output_tokens: int, decode_s: float, request_s: float) -> None:
+    def record_finished(
+        self, status: SequenceStatus, num_output_tokens: int, decode_s: float, request_s: float
+    ) -> None:
         """A request ended. decode_s: seconds from its first to its last token; request_s: from arrival to end."""
         self.num_requests_finished[status.value] += 1
         self.request_s.observe(request_s)
