@@ -6,8 +6,8 @@ Sources: [doc] AWS architecture and DMA guides of Neuron SDK 2.32; [stubs-2.24] 
 this project.
 """
 
-from dataclasses import dataclass, fields
-from typing import NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 NUM_PARTITIONS = 128  # SBUF/PSUM partitions, [doc] architecture guide
 PSUM_BANKS = 8  # [doc]
@@ -43,6 +43,7 @@ class Generation:
     scalar_clock: Figure
     gpsimd_clock: Figure
     matmul_column: Figure
+    matmul_column_short: Figure
     fp32_matmul_factor: Figure
     swdge_descriptor: Figure
     swdge_instruction: Figure
@@ -54,6 +55,9 @@ class Generation:
     scalar_overhead: Figure
     gpsimd_start: Figure
     access_latency: Figure
+    dependent_latency: Figure
+    dma_minimum: Figure
+    hbm_efficiency: Figure
     scalar_accumulator_read: Figure
     loop_barrier: Figure
     bf16_peak: Figure
@@ -61,6 +65,23 @@ class Generation:
     @property
     def has_hwdge(self) -> bool:
         return self.version >= 3
+
+    def with_values(self, **values: float) -> "Generation":
+        """A copy with some figures replaced, e.g. `with_values(swdge_descriptor=13.0)`."""
+        unknown = sorted(set(values) - set(self.figures))
+        if unknown:
+            raise ValueError(f"unknown figure {unknown[0]!r}; known: {', '.join(sorted(self.figures))}")
+        changed: dict[str, Any] = {name: self.figures[name]._replace(value=value) for name, value in values.items()}
+        return replace(self, **changed)
+
+    def bound(self, fast: bool) -> "Generation":
+        """A copy with every disputed figure at its fastest (or slowest) published value."""
+        values = {}
+        for name, figure in self.figures.items():
+            rate = any(word in figure.unit for word in ("GB/s", "GHz", "fraction"))
+            pick = figure.high if fast == rate else figure.low
+            values[name] = figure.value if pick is None else pick
+        return self.with_values(**values)
 
     @property
     def figures(self) -> dict[str, Figure]:
@@ -78,6 +99,28 @@ _FLOOR = Figure(
     107.0,
 )
 _TRANSPOSE = Figure(0.9, "fraction of DMA rate", "[doc] HBM to SBUF; 0.5 SBUF to SBUF", 0.5, 0.9)
+_V2_DMA_MINIMUM = Figure(
+    1380.0,
+    "ns per DMA instruction on its engines",
+    "[trn1-measured] separate [128, 1 KiB] DMAs at 95 GB/s",
+    860.0,
+    1400.0,
+)
+_DMA_MINIMUM = Figure(
+    860.0,
+    "ns per DMA instruction on its engines",
+    "[doc, figure] flat part of the size curve; trn1 measured 1380",
+    860.0,
+    1380.0,
+)
+_HBM_EFFICIENCY = Figure(0.9, "fraction of HBM peak", "[estimate]", 0.9, 1.0)
+_DEPENDENT = Figure(
+    100.0,
+    "cycles of the producer",
+    "[doc] about 100 for dependent instructions; SBUF/PSUM latency alone 60; [trn1-measured] V 200 ns",
+    60.0,
+    160.0,
+)
 _S_ACC = Figure(64.0, "cycles", "[doc] reading the ScalarE accumulator")
 _LATENCY = Figure(60.0, "cycles", "[doc] SBUF/PSUM latency seen by dependent instructions", 60.0, 100.0)
 _HWDGE = Figure(600.0, "ns per instruction", "[doc] DGE guide")
@@ -109,8 +152,15 @@ V2 = Generation(
         0.357,
         0.43,
     ),
+    matmul_column_short=Figure(0.357, "ns per moving column, up to 128", "[doc] 2.8 GHz; [trn1-measured] 0.31-0.375"),
     fp32_matmul_factor=Figure(5.2, "x bf16", "[trn1-measured]; formula says 4", 4.0, 5.2),
-    swdge_descriptor=Figure(11.1, "ns", "[trn1-measured] 128 x 2 KiB in 1419 ns; 15 in full kernels", 11.0, 21.5),
+    swdge_descriptor=Figure(
+        12.0,
+        "ns",
+        "[trn1-measured] 11.1 (128 x 2 KiB in 1419 ns) to 12.8 (256 B rows at 20 GB/s); 15-21.5 in full kernels",
+        11.0,
+        21.5,
+    ),
     swdge_instruction=Figure(1000.0, "ns", "[trn1-measured] GpSimd sequencer per dynamic DMA", 900.0, 1400.0),
     hwdge_instruction=Figure(0.0, "ns per instruction", "absent on this generation"),
     dma_fixed=_DMA_FIXED,
@@ -120,6 +170,9 @@ V2 = Generation(
     scalar_overhead=Figure(15.0, "ns", "[trn1-measured] copy [128,128] 106 ns against 91", 10.0, 54.0),
     gpsimd_start=_GPSIMD,
     access_latency=_LATENCY,
+    dependent_latency=_DEPENDENT,
+    dma_minimum=_V2_DMA_MINIMUM,
+    hbm_efficiency=_HBM_EFFICIENCY,
     scalar_accumulator_read=_S_ACC,
     loop_barrier=Figure(_LOOP.value, _LOOP.unit, _LOOP.source, _LOOP.low, _LOOP.high),
     bf16_peak=Figure(92.0, "TFLOP/s", "[doc]"),
@@ -138,6 +191,7 @@ V3 = Generation(
     scalar_clock=Figure(1.2, "GHz", "[doc]"),
     gpsimd_clock=Figure(1.2, "GHz", "[doc]"),
     matmul_column=Figure(0.4167, "ns per moving column", "[doc] one column per cycle"),
+    matmul_column_short=Figure(0.4167, "ns per moving column, up to 128", "[doc] 2.4 GHz"),
     fp32_matmul_factor=Figure(4.0, "x bf16", "[stubs-2.24]"),
     swdge_descriptor=Figure(26.5, "ns", "one trn2 project 26.5; trn1 value 13", 13.0, 26.5),
     swdge_instruction=Figure(1000.0, "ns", "[estimate] as measured on trn1", 900.0, 1400.0),
@@ -149,6 +203,9 @@ V3 = Generation(
     scalar_overhead=Figure(15.0, "ns", "[estimate] as measured on trn1", 10.0, 54.0),
     gpsimd_start=_GPSIMD,
     access_latency=_LATENCY,
+    dependent_latency=_DEPENDENT,
+    dma_minimum=_DMA_MINIMUM,
+    hbm_efficiency=_HBM_EFFICIENCY,
     scalar_accumulator_read=_S_ACC,
     loop_barrier=_LOOP,
     bf16_peak=Figure(79.0, "TFLOP/s", "[doc]"),
@@ -167,6 +224,7 @@ V4 = Generation(
     scalar_clock=Figure(1.2, "GHz", "[doc]"),
     gpsimd_clock=Figure(1.2, "GHz", "[doc]"),
     matmul_column=Figure(0.4167, "ns per moving column", "[doc] one column per cycle"),
+    matmul_column_short=Figure(0.4167, "ns per moving column, up to 128", "[doc] 2.4 GHz"),
     fp32_matmul_factor=Figure(4.0, "x bf16", "[stubs-2.24]"),
     swdge_descriptor=Figure(26.5, "ns", "[estimate] equal to trn2; unmeasured", 13.0, 26.5),
     swdge_instruction=Figure(1000.0, "ns", "[estimate] as measured on trn1", 900.0, 1400.0),
@@ -178,6 +236,9 @@ V4 = Generation(
     scalar_overhead=Figure(15.0, "ns", "[estimate] as measured on trn1", 10.0, 54.0),
     gpsimd_start=_GPSIMD,
     access_latency=_LATENCY,
+    dependent_latency=_DEPENDENT,
+    dma_minimum=_DMA_MINIMUM,
+    hbm_efficiency=_HBM_EFFICIENCY,
     scalar_accumulator_read=_S_ACC,
     loop_barrier=_LOOP,
     bf16_peak=Figure(79.0, "TFLOP/s", "[doc]"),

@@ -42,8 +42,11 @@ def operand(t: NkiTensor) -> Operand:
     if t.strides[-1] == 1 or shape[-1] == 1:
         run *= shape[-1]
         expected = shape[-1]
-        for n, s in zip(shape[-2::-1], t.strides[-2::-1], strict=True):
-            if s != expected:
+        first = 1 if t.storage.on_chip else 0  # a run never crosses partitions
+        for n, s in zip(
+            shape[-2 : -len(shape) - 1 + first : -1], t.strides[-2 : -len(shape) - 1 + first : -1], strict=True
+        ):
+            if s != expected and n != 1:
                 break
             run *= n
             expected *= n

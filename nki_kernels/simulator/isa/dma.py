@@ -12,7 +12,7 @@ import numpy as np
 from .. import dtypes, law, ops
 from ..errors import LawError, OutOfBoundsError, at_line
 from ..errors import law as law_error
-from ..machine import Core, Instruction, Mask, current
+from ..machine import Core, Instruction, Mask, Register, current
 from ..memory import PSUM, SBUF
 from ..tensor import NkiTensor
 from .enums import dge_mode as DgeMode
@@ -120,6 +120,7 @@ def dma_copy(
     dge_mode = member("dma_copy", "dge_mode", DgeMode, dge_mode)
     oob_mode = member("dma_copy", "oob_mode", OobMode, oob_mode)
     mode = _mode(core, "dma_copy", dge_mode, engine, priority, dst, src)
+    indices = [t.indirection.index for t in (dst, src) if t.indirection is not None]
     src_vector = src.indirection is not None and src.indirection.kind == "vector"
     dst_vector = dst.indirection is not None and dst.indirection.kind == "vector"
     detail: dict[str, Any] = {}
@@ -138,9 +139,11 @@ def dma_copy(
         reads = (src,)
         if not detail:
             _copy(core, dst, src)
-    for t in (dst, src):
-        if t.indirection is not None and isinstance(t.indirection.index, NkiTensor):
-            reads = (*reads, t.indirection.index)
+    for index in indices:
+        if isinstance(index, NkiTensor):
+            reads = (*reads, index)
+        elif isinstance(index, Register) and index.written_by >= 0:
+            detail["register"] = index.written_by
     return core.record("dma_copy", "dma", (dst,), reads, name, mode=mode, **detail)
 
 
