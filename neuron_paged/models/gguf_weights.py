@@ -115,8 +115,8 @@ def _rope_scaling(file: GGUFFile, architecture: str | None) -> dict[str, Any] | 
     factor = file.metadata.get(f"{architecture}.rope.scaling.factor")
     if kind != "linear" or factor is None:
         raise UnsupportedModelError(
-            f"{file.path}: rope.scaling.type = {kind!r} with factor {factor} in a GGUF is not implemented, need 'none' or "
-            "'linear', or the checkpoint as safetensors."
+            f"{file.path}: rope.scaling.type = {kind!r} with factor {factor} in a GGUF is not implemented, need "
+            "'none', 'linear', or the checkpoint as safetensors."
         )
     return {"rope_type": "linear", "factor": factor}
 

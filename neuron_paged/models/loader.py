@@ -5,6 +5,7 @@ Owns the search for files (folder, GGUF file, the demo package, Hugging Face hub
 """
 
 import importlib.util
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,8 +53,8 @@ def resolve(name_or_path: str | Path) -> Path:
     name = str(name_or_path)
     if name == "demo":
         return _demo_gguf()
-    path = Path(name).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix.lower() == ".gguf"):
+    path = Path(os.path.expanduser(name))
+    if (name and path.is_dir()) or (path.is_file() and path.suffix.lower() == ".gguf"):
         return path
     if path.is_file():
         raise ModelNotFoundError(f"model: got file {name}, need a .gguf file or a folder with config.json.")

@@ -88,7 +88,7 @@ def _find_safetensors(folder: Path) -> list[Path]:
         hint = f" (found {', '.join(others[:3])}: convert them with transformers' save_pretrained)" if others else ""
         raise CheckpointError(f"{folder}: no model.safetensors and no model.safetensors.index.json{hint}.")
     try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = sorted({str(shard) for shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index}: not an index of safetensors shards ({error!r}).") from error
     missing = [name for name in shards if not (folder / name).is_file()]
