@@ -24,13 +24,17 @@ from neuron_paged.ops.cpu_kernels.memory import (
 )
 from neuron_paged.ops.cpu_kernels.microkernels import (
     BLOCK_ROWS,
+    LONG_TILE_TOKENS,
     MASKED,
     MAX_LANES,
+    PREFETCH_TOKENS,
     STATE_FLOATS,
     TILE_TOKENS,
     load_keys,
     load_row,
-    multiply_keys,
+    load_rows,
+    multiply_key_rows,
+    multiply_key_tile,
     multiply_values,
     softmax_row,
     store_row,
@@ -41,8 +45,11 @@ LANES = target().lanes
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
 MAX_TILE_ROWS = 96  # query rows per item: queries and outputs of 96 rows x 64..256 stay in a 512 KiB L2
+# Up to this many rows scores are dot products with key rows; transposing keys first pays from about twice that on.
+MAX_DIRECT_ROWS = 2 * BLOCK_ROWS
 MIN_PART_TOKENS = 256  # shorter parts cost more in combining than they gain
 ITEMS_PER_THREAD = 4  # parts are cut so that about this many items exist per thread
+ROW_LIST_BYTES = 8 * (LONG_TILE_TOKENS + max(LANES, PREFETCH_TOKENS))  # row addresses of one tile
 
 
 class Arg(IntEnum):
@@ -203,12 +210,11 @@ def plan_attention(a):
             partial_floats += num_kv_heads * parts * q_len * group_size * (padded_dim + STATE_FLOATS)
     set_i64(first_item, num_seqs, items)
 
-    rows = min(longest_query, tile_tokens) * group_size
-    floats = rows * (2 * padded_dim + STATE_FLOATS) + BLOCK_ROWS * TILE_TOKENS
-    floats += TILE_TOKENS * (head_dim + padded_dim)
+    rows = min(longest_query, tile_tokens) * group_size + BLOCK_ROWS
+    floats = rows * (2 * padded_dim + STATE_FLOATS) + BLOCK_ROWS * LONG_TILE_TOKENS + 2 * TILE_TOKENS * padded_dim
     set_i64(a, _NUM_ITEMS, items)
     set_i64(a, _NUM_LIVE_TOKENS, live_tokens)
-    set_i64(a, _WORKER_BYTES, (4 * floats + 16 * TILE_TOKENS + 127) // 64 * 64)
+    set_i64(a, _WORKER_BYTES, (4 * floats + 4 * ROW_LIST_BYTES + 127) // 64 * 64)
     set_i64(a, _PARTIAL_FLOATS, partial_floats)
     set_i64(a, _NUM_GROUPS, groups)
     return 0
@@ -226,7 +232,9 @@ def _load_rows(a, start, num_rows, group_size, head, queries, outputs, states, p
         query_head = head * group_size + row % group_size
         source = get_i64(a, _QUERY) + (start + row // group_size) * get_i64(a, _QUERY_TOKEN_STRIDE)
         source += query_head * get_i64(a, _QUERY_HEAD_STRIDE)
-        load_row(get_i64(a, _QUERY_DTYPE), source, queries + 4 * row * padded_dim, head_dim, scale)
+        query = queries + 4 * row * padded_dim
+        load_row(get_i64(a, _QUERY_DTYPE), source, query, head_dim, scale)
+        zero_bytes(query + 4 * head_dim, 4 * (padded_dim - head_dim))
         if with_sink and sinks != 0:  # a sink is a score seen before the first token
             set_f32(states, STATE_FLOATS * row, max(get_f32(sinks, query_head) * np.float32(LOG2_E), np.float32(MASKED)))
             set_f32(states, STATE_FLOATS * row + 1, 1.0)
@@ -263,9 +271,10 @@ def _find_rows(a, row, head, first_token, num_tokens, key_rows, value_rows):
 
 
 @njit(error_model="numpy")
-def _attend_tile(a, head, num_rows, group_size, first_position, first_token, num_tokens, buffers):
+def _attend_tile(a, head, num_rows, group_size, first_position, first_token, num_tokens, direct, lists, buffers):
     """Online-softmax update of all rows with one tile of context."""
-    queries, outputs, states, scores, keys, value_rows, padded_dim = buffers
+    key_rows, value_rows, next_key_rows = lists
+    queries, outputs, states, scores, keys, padded_dim = buffers
     head_dim = get_i64(a, _HEAD_DIM)
     window = get_i64(a, _SLIDING_WINDOW)
     soft_cap = bits_to_f32(get_i64(a, _LOGITS_SOFT_CAP)) * np.float32(LOG2_E)
@@ -278,14 +287,17 @@ def _attend_tile(a, head, num_rows, group_size, first_position, first_token, num
         if visible > 0:
             width = (visible + LANES - 1) // LANES * LANES
             row_bytes = 4 * block_start * padded_dim
-            multiply_keys(rows, queries + row_bytes, keys, scores, head_dim, padded_dim, width)
+            if direct:
+                multiply_key_rows(rows, queries + row_bytes, key_rows, value_rows, scores, padded_dim, width)
+            else:
+                multiply_key_tile(queries + row_bytes, keys, scores, head_dim, padded_dim, width)
             for i in range(block_start, block_start + rows):
                 position = first_position + i // group_size
                 slope = np.float32(0.0)
                 if slopes != 0:
                     slope = get_f32(slopes, head * group_size + i % group_size) * np.float32(LOG2_E)
                 softmax_row(
-                    scores + 4 * TILE_TOKENS * (i - block_start),
+                    scores + 4 * LONG_TILE_TOKENS * (i - block_start),
                     _first_visible(position, window) - first_token,
                     min(num_tokens, position + 1 - first_token),
                     width,
@@ -295,7 +307,8 @@ def _attend_tile(a, head, num_rows, group_size, first_position, first_token, num
                     first_token - position,
                 )
             state = states + 4 * STATE_FLOATS * block_start
-            multiply_values(rows, scores, value_rows, outputs + row_bytes, state, visible, padded_dim)
+            ahead = next_key_rows if direct else 0
+            multiply_values(rows, scores, value_rows, ahead, outputs + row_bytes, state, visible, padded_dim)
         block_start += rows
 
 
@@ -336,6 +349,13 @@ def _combine_parts(partials, num_parts, num_rows, padded_dim):
 
 
 @njit(error_model="numpy")
+def _point_to_tile(rows, count, tile, pitch):
+    """Let row addresses name the rows of an fp32 tile."""
+    for i in range(count):
+        set_i64(rows, i, tile + 4 * i * pitch)
+
+
+@njit(error_model="numpy")
 def _run_item(a, item, row, scratch):
     """Compute one item: load its query rows, go through its context, write the output or hand in a part."""
     num_kv_heads = get_i64(a, _NUM_KV_HEADS)
@@ -363,33 +383,55 @@ def _run_item(a, item, row, scratch):
     last_token = min(last_token, first_token + part_tokens)
 
     padded_dim = (head_dim + MAX_LANES - 1) // MAX_LANES * MAX_LANES
+    tile_bytes = 4 * TILE_TOKENS * padded_dim
     keys = scratch
-    values = keys + 4 * TILE_TOKENS * head_dim
-    scores = values + 4 * TILE_TOKENS * padded_dim
-    key_rows = scores + 4 * BLOCK_ROWS * TILE_TOKENS
-    value_rows = key_rows + 8 * TILE_TOKENS
-    queries = value_rows + 8 * TILE_TOKENS
-    outputs = queries + 4 * num_rows * padded_dim
+    values = keys + tile_bytes
+    scores = values + tile_bytes
+    key_rows = scores + 4 * BLOCK_ROWS * LONG_TILE_TOKENS
+    value_rows = key_rows + ROW_LIST_BYTES
+    next_key_rows = value_rows + ROW_LIST_BYTES
+    next_value_rows = next_key_rows + ROW_LIST_BYTES
+    queries = next_value_rows + ROW_LIST_BYTES
+    direct = num_rows <= MAX_DIRECT_ROWS
+    all_rows = num_rows if direct else (num_rows + BLOCK_ROWS - 1) // BLOCK_ROWS * BLOCK_ROWS
+    outputs = queries + 4 * all_rows * padded_dim
     partials = np.int64(0)
     if parts > 1:
         part_bytes = 4 * num_rows * (padded_dim + STATE_FLOATS)
         partials = get_i64(a, _PARTIALS) + 4 * get_i64(plan, 2 * num_seqs + 1 + row) + head * parts * part_bytes
         outputs = partials + part * part_bytes
-    states = outputs + 4 * num_rows * padded_dim
+    states = outputs + 4 * all_rows * padded_dim
 
     _load_rows(a, tile_start, num_rows, group_size, head, queries, outputs, states, padded_dim, part == 0)
+    if all_rows > num_rows:  # register blocks are computed whole: let the extra rows be zeros
+        zero_bytes(queries + 4 * num_rows * padded_dim, 4 * (all_rows - num_rows) * padded_dim)
+        zero_bytes(outputs + 4 * num_rows * padded_dim, 4 * (all_rows - num_rows) * padded_dim)
+        zero_bytes(states + 4 * num_rows * STATE_FLOATS, 4 * (all_rows - num_rows) * STATE_FLOATS)
+        zero_bytes(scores, 4 * BLOCK_ROWS * LONG_TILE_TOKENS)
     in_place = code == FP32 and head_dim == padded_dim
-    buffers = (queries, outputs, states, scores, keys, value_rows, padded_dim)
-    for token in range(first_token, last_token, TILE_TOKENS):
-        num_tokens = min(TILE_TOKENS, last_token - token)
-        _find_rows(a, row, head, token, num_tokens, key_rows, value_rows)
-        load_keys(code, key_rows, (num_tokens + LANES - 1) // LANES * LANES, head_dim, keys)
+    tile_tokens = LONG_TILE_TOKENS if direct and in_place else TILE_TOKENS
+    buffers = (queries, outputs, states, scores, keys, padded_dim)
+    num_tokens = min(tile_tokens, last_token - first_token)
+    _find_rows(a, row, head, first_token, num_tokens, key_rows, value_rows)
+    while num_tokens > 0:
+        next_token = first_token + num_tokens
+        next_tokens = min(tile_tokens, last_token - next_token)
+        if next_tokens > 0:
+            _find_rows(a, row, head, next_token, next_tokens, next_key_rows, next_value_rows)
+        width = (num_tokens + LANES - 1) // LANES * LANES
+        if not direct:
+            load_keys(code, key_rows, width, head_dim, keys)
+        elif not in_place:
+            load_rows(code, key_rows, width, head_dim, keys, padded_dim)
+            _point_to_tile(key_rows, width, keys, padded_dim)
         if not in_place:
-            for i in range(num_tokens):
-                value = values + 4 * i * padded_dim
-                load_row(code, get_i64(value_rows, i), value, head_dim, 1.0)
-                set_i64(value_rows, i, value)
-        _attend_tile(a, head, num_rows, group_size, first_position, token, num_tokens, buffers)
+            load_rows(code, value_rows, num_tokens, head_dim, values, padded_dim)
+            _point_to_tile(value_rows, num_tokens, values, padded_dim)
+        lists = (key_rows, value_rows, next_key_rows)
+        _attend_tile(a, head, num_rows, group_size, first_position, first_token, num_tokens, direct, lists, buffers)
+        key_rows, next_key_rows = next_key_rows, key_rows
+        value_rows, next_value_rows = next_value_rows, value_rows
+        first_token, num_tokens = next_token, next_tokens
 
     if parts > 1:
         group = get_i64(plan, 3 * num_seqs + 1 + row) + head
@@ -409,8 +451,6 @@ def attention_worker(a):
     num_seqs = get_i64(a, _NUM_SEQS)
     plan = get_i64(a, _PLAN)
     scratch = get_i64(a, _SCRATCH) + worker * get_i64(a, _WORKER_BYTES)
-    if get_i64(a, _HEAD_DIM) % MAX_LANES != 0:  # padding of value rows is multiplied too: keep it finite
-        zero_bytes(scratch, get_i64(a, _WORKER_BYTES))
     while True:
         item = fetch_add(a, _NEXT_ITEM, 1)
         if item >= num_items:

@@ -16,11 +16,13 @@ from numba.extending import intrinsic
 from neuron_paged.ops.cpu_kernels import vector_ir as v
 from neuron_paged.ops.cpu_kernels.vector_ir import DTYPE_CODES, ELEMENT_BYTES, F32, I32, I64, target
 
-TILE_TOKENS = 64
+TILE_TOKENS = 64  # of transposed keys and of converted values: 16 KiB each at head_dim 64
+LONG_TILE_TOKENS = 256  # where keys and values are read in place; also the pitch of scores
 MAX_LANES = 16
 # Rows of one register block. 6 rows x 4 vectors + 4 columns + 1 broadcast = 29 of AVX-512's (or NEON's) 32 registers,
 # 6 x 2 + 2 + 1 = 15 of AVX2's 16.
 BLOCK_ROWS = 6
+PREFETCH_TOKENS = 8  # how far ahead conversion asks for rows
 MASKED = -1.0e30  # below any logit, yet finite: differences stay numbers
 STATE_FLOATS = 3  # of one row's online softmax: running maximum, running sum, decay
 
@@ -64,6 +66,42 @@ def load_row(typingctx: Any, code: Any, source: Any, destination: Any, count: An
         v.switch_call(b, args[0], functions, list(args[1:]))
 
     return _declare([types.int64] * 4 + [types.float32], emit)
+
+
+def _emit_load_rows(code: int) -> Callable[..., None]:
+    def body(
+        b: Builder, rows: ir.Value, num_tokens: ir.Value, head_dim: ir.Value, tile: ir.Value, pitch: ir.Value
+    ) -> None:
+        with v.counted_loop(b, I64(0), num_tokens, 1) as token:
+            source = v.load(b, _offset(b, rows, token, 8), I64)
+            later = v.load(b, _offset(b, rows, b.add(token, I64(PREFETCH_TOKENS)), 8), I64)
+            destination = _offset(b, tile, b.mul(token, pitch), 4)
+
+            def copy(index: ir.Value, lanes: int) -> None:
+                x = v.load_fp32(b, _offset(b, source, index, ELEMENT_BYTES[code]), code, lanes)  # noqa: B023
+                v.store(b, x, _offset(b, destination, index, 4))  # noqa: B023
+                if lanes > 1:
+                    v.prefetch(b, _offset(b, later, index, ELEMENT_BYTES[code]))  # noqa: B023
+
+            v.for_lanes(b, head_dim, target().lanes, copy)
+            with v.counted_loop(b, head_dim, pitch, 1) as index:
+                v.store(b, F32(0.0), _offset(b, destination, index, 4))
+
+    return body
+
+
+@intrinsic
+def load_rows(typingctx: Any, code: Any, rows: Any, num_tokens: Any, head_dim: Any, tile: Any, pitch: Any) -> Any:
+    """tile[t, :] (fp32, `pitch` apart, padded with zeros) = the row (type `code`) at address rows[t].
+
+    rows has PREFETCH_TOKENS more entries than num_tokens; those are prefetched only and may be any number.
+    """
+
+    def emit(b: Builder, args: tuple[ir.Value, ...]) -> None:
+        functions = {c: v.define(b.module, f"load_rows_{c}", [I64] * 5, _emit_load_rows(c)) for c in DTYPE_CODES}
+        v.switch_call(b, args[0], functions, list(args[1:]))
+
+    return _declare([types.int64] * 6, emit)
 
 
 def _emit_store_row(code: int) -> Callable[..., None]:
@@ -126,22 +164,25 @@ def load_keys(typingctx: Any, code: Any, rows: Any, num_tokens: Any, head_dim: A
 
 def _multiply_panel(
     b: Builder,
-    num_rows: int,
-    num_vectors: int,
-    depth: ir.Value,
     accumulators: list[list[ir.Value]],
+    depth: ir.Value,
     column_address: Callable[[ir.Value], ir.Value],
     row_address: Callable[[int, ir.Value], ir.Value],
+    prefetch_address: Callable[[ir.Value], ir.Value] | None = None,
 ) -> None:
     """accumulators[r][c] += Σ_k row[r][k] · columns[k][c]: one outer product of a register block per k."""
-    lanes = target().lanes
+    lanes, num_vectors = target().lanes, len(accumulators[0])
     with v.counted_loop(b, I64(0), depth, 1) as k:
         start = column_address(k)
         columns = [v.load(b, b.add(start, I64(4 * lanes * c)), v.vec(lanes)) for c in range(num_vectors)]
-        for r in range(num_rows):
-            factor = v.splat(b, v.load(b, row_address(r, k), F32), lanes)
+        if prefetch_address is not None:
+            ahead = prefetch_address(k)
             for c in range(num_vectors):
-                b.store(v.fma(b, factor, columns[c], b.load(accumulators[r][c])), accumulators[r][c])
+                v.prefetch(b, b.add(ahead, I64(4 * lanes * c)))
+        for r, row in enumerate(accumulators):
+            factor = v.splat(b, v.load(b, row_address(r, k), F32), lanes)
+            for column, slot in zip(columns, row, strict=True):
+                b.store(v.fma(b, factor, column, b.load(slot)), slot)
 
 
 def _accumulators(b: Builder, num_rows: int, num_vectors: int) -> list[list[ir.Value]]:
@@ -159,60 +200,113 @@ def _panels(b: Builder, width: ir.Value, panel: Callable[[ir.Value, int], None])
         panel(column, 1)
 
 
-def _emit_scores(num_rows: int) -> Callable[..., None]:
-    def body(
-        b: Builder, queries: ir.Value, keys: ir.Value, scores: ir.Value, depth: ir.Value, pitch: ir.Value, width: ir.Value
-    ) -> None:
-        lanes = target().lanes
+def _emit_tile_scores(
+    b: Builder, queries: ir.Value, keys: ir.Value, scores: ir.Value, depth: ir.Value, pitch: ir.Value, width: ir.Value
+) -> None:
+    lanes = target().lanes
 
-        def panel(column: ir.Value, num_vectors: int) -> None:
-            sums = _accumulators(b, num_rows, num_vectors)
-            for row in sums:
-                for slot in row:
-                    b.store(v.constant(0.0, lanes), slot)
-            first = _offset(b, keys, column, 4)
-            _multiply_panel(
-                b,
-                num_rows,
-                num_vectors,
-                depth,
-                sums,
-                lambda k: b.add(first, b.mul(k, I64(4 * TILE_TOKENS))),
-                lambda r, k: _offset(b, queries, b.add(k, b.mul(pitch, I64(r))), 4),
-            )
-            for r, row in enumerate(sums):
-                for c, slot in enumerate(row):
-                    at = b.add(_offset(b, scores, column, 4), I64(4 * (TILE_TOKENS * r + lanes * c)))
-                    v.store(b, b.load(slot), at)
+    def panel(column: ir.Value, num_vectors: int) -> None:
+        sums = _accumulators(b, BLOCK_ROWS, num_vectors)
+        for row in sums:
+            for slot in row:
+                b.store(v.constant(0.0, lanes), slot)
+        first = _offset(b, keys, column, 4)
+        _multiply_panel(
+            b,
+            sums,
+            depth,
+            lambda k: b.add(first, b.mul(k, I64(4 * TILE_TOKENS))),
+            lambda r, k: _offset(b, queries, b.add(k, b.mul(pitch, I64(r))), 4),
+        )
+        for r, row in enumerate(sums):
+            for c, slot in enumerate(row):
+                at = b.add(_offset(b, scores, column, 4), I64(4 * (LONG_TILE_TOKENS * r + lanes * c)))
+                v.store(b, b.load(slot), at)
 
-        _panels(b, width, panel)
-
-    return body
+    _panels(b, width, panel)
 
 
 @intrinsic
-def multiply_keys(
-    typingctx: Any, num_rows: Any, queries: Any, keys: Any, scores: Any, depth: Any, pitch: Any, width: Any
+def multiply_key_tile(
+    typingctx: Any, queries: Any, keys: Any, scores: Any, depth: Any, pitch: Any, width: Any
 ) -> Any:
-    """scores[r, t] = Σ_d queries[r, d] · keys[d, t] for num_rows <= BLOCK_ROWS rows and t < width.
+    """scores[r, t] = Σ_d queries[r, d] · keys[d, t] for BLOCK_ROWS rows and t < width: the form for many rows.
 
     depth: d runs to; pitch: elements between rows of queries; width: a multiple of `lanes`, <= TILE_TOKENS.
     """
 
     def emit(b: Builder, args: tuple[ir.Value, ...]) -> None:
+        b.call(v.define(b.module, "multiply_key_tile", [I64] * 6, _emit_tile_scores), args)
+
+    return _declare([types.int64] * 6, emit)
+
+
+def _emit_row_scores(num_rows: int) -> Callable[..., None]:
+    lanes, registers = target().lanes, target().registers
+    step = 4 if 4 * num_rows + 4 <= registers else 2  # tokens per register block
+
+    def body(
+        b: Builder,
+        queries: ir.Value,
+        key_rows: ir.Value,
+        ahead: ir.Value,
+        scores: ir.Value,
+        pitch: ir.Value,
+        num_tokens: ir.Value,
+    ) -> None:
+        sums = _accumulators(b, num_rows, lanes)
+        with v.counted_loop(b, I64(0), num_tokens, lanes) as token:
+            for start in range(0, lanes, step):
+                block = range(start, start + step)
+                places = [b.add(token, I64(i)) for i in block]
+                keys = [v.load(b, _offset(b, key_rows, place, 8), I64) for place in places]
+                later = [v.load(b, _offset(b, ahead, place, 8), I64) for place in places]
+                for r in range(num_rows):
+                    for i in block:
+                        b.store(v.constant(0.0, lanes), sums[r][i])
+                with v.counted_loop(b, I64(0), pitch, lanes) as d:
+                    offset = b.mul(d, I64(4))
+                    columns = [v.load(b, b.add(key, offset), v.vec(lanes)) for key in keys]
+                    for address in later:
+                        v.prefetch(b, b.add(address, offset))
+                    for r in range(num_rows):
+                        row = b.add(b.mul(pitch, I64(4 * r)), offset)
+                        factor = v.load(b, b.add(queries, row), v.vec(lanes))
+                        for i, column in zip(block, columns, strict=True):
+                            b.store(v.fma(b, factor, column, b.load(sums[r][i])), sums[r][i])
+            for r in range(num_rows):
+                result = v.sum_lanes(b, [b.load(slot) for slot in sums[r]])
+                v.store(b, result, b.add(_offset(b, scores, token, 4), I64(4 * LONG_TILE_TOKENS * r)))
+
+    return body
+
+
+@intrinsic
+def multiply_key_rows(
+    typingctx: Any, num_rows: Any, queries: Any, key_rows: Any, ahead: Any, scores: Any, pitch: Any, num_tokens: Any
+) -> Any:
+    """scores[r, t] = queries[r, :] · (fp32 row at address key_rows[t]): the form for few rows, no transposition.
+
+    num_rows <= BLOCK_ROWS; num_tokens: a multiple of `lanes`, <= LONG_TILE_TOKENS; pitch: padded head_dim, zeros beyond
+    head_dim; ahead: addresses of rows needed next, prefetched meanwhile.
+    """
+
+    def emit(b: Builder, args: tuple[ir.Value, ...]) -> None:
         functions = {
-            r: v.define(b.module, f"multiply_keys_{r}", [I64] * 6, _emit_scores(r)) for r in range(1, BLOCK_ROWS + 1)
+            r: v.define(b.module, f"multiply_key_rows_{r}", [I64] * 6, _emit_row_scores(r))
+            for r in range(1, BLOCK_ROWS + 1)
         }
         v.switch_call(b, args[0], functions, list(args[1:]))
 
     return _declare([types.int64] * 7, emit)
 
 
-def _emit_outputs(num_rows: int) -> Callable[..., None]:
+def _emit_outputs(num_rows: int, prefetching: bool) -> Callable[..., None]:
     def body(
         b: Builder,
         weights: ir.Value,
-        values: ir.Value,
+        value_rows: ir.Value,
+        ahead: ir.Value,
         outputs: ir.Value,
         states: ir.Value,
         num_tokens: ir.Value,
@@ -232,14 +326,17 @@ def _emit_outputs(num_rows: int) -> Callable[..., None]:
                 for c in range(num_vectors):
                     b.store(b.fmul(decay, v.load(b, places[r][c], v.vec(lanes))), sums[r][c])
             column_bytes = b.mul(column, I64(4))
+
+            def row_at(rows: ir.Value, t: ir.Value) -> ir.Value:
+                return b.add(v.load(b, _offset(b, rows, t, 8), I64), column_bytes)
+
             _multiply_panel(
                 b,
-                num_rows,
-                num_vectors,
-                num_tokens,
                 sums,
-                lambda t: b.add(v.load(b, _offset(b, values, t, 8), I64), column_bytes),
-                lambda r, t: b.add(_offset(b, weights, t, 4), I64(4 * TILE_TOKENS * r)),
+                num_tokens,
+                lambda t: row_at(value_rows, t),
+                lambda r, t: b.add(_offset(b, weights, t, 4), I64(4 * LONG_TILE_TOKENS * r)),
+                (lambda t: row_at(ahead, t)) if prefetching else None,
             )
             for r in range(num_rows):
                 for c in range(num_vectors):
@@ -252,20 +349,32 @@ def _emit_outputs(num_rows: int) -> Callable[..., None]:
 
 @intrinsic
 def multiply_values(
-    typingctx: Any, num_rows: Any, weights: Any, values: Any, outputs: Any, states: Any, num_tokens: Any, pitch: Any
+    typingctx: Any,
+    num_rows: Any,
+    weights: Any,
+    value_rows: Any,
+    ahead: Any,
+    outputs: Any,
+    states: Any,
+    num_tokens: Any,
+    pitch: Any,
 ) -> Any:
-    """outputs[r, :] = outputs[r, :] · decay[r] + Σ_t weights[r, t] · (fp32 row at address values[t]).
+    """outputs[r, :] = outputs[r, :] · decay[r] + Σ_t weights[r, t] · (fp32 row at address value_rows[t]).
 
-    num_rows <= BLOCK_ROWS; states: the rows' softmax states, which hold the decays; pitch: padded head_dim, a multiple of `lanes`.
+    num_rows <= BLOCK_ROWS; states: the rows' softmax states, which hold the decays; pitch: padded head_dim, a multiple of
+    `lanes`; ahead: addresses of rows needed next, prefetched meanwhile, or 0 for none (then num_rows is BLOCK_ROWS).
     """
 
     def emit(b: Builder, args: tuple[ir.Value, ...]) -> None:
         functions = {
-            r: v.define(b.module, f"multiply_values_{r}", [I64] * 6, _emit_outputs(r)) for r in range(1, BLOCK_ROWS + 1)
+            r: v.define(b.module, f"multiply_values_{r}", [I64] * 7, _emit_outputs(r, True))
+            for r in range(1, BLOCK_ROWS + 1)
         }
-        v.switch_call(b, args[0], functions, list(args[1:]))
+        functions[0] = v.define(b.module, "multiply_values_0", [I64] * 7, _emit_outputs(BLOCK_ROWS, False))
+        selector = b.select(b.icmp_signed("==", args[3], I64(0)), I64(0), args[0])
+        v.switch_call(b, selector, functions, list(args[1:]))
 
-    return _declare([types.int64] * 7, emit)
+    return _declare([types.int64] * 8, emit)
 
 
 def _emit_softmax(capped: bool, biased: bool) -> Callable[..., None]:

@@ -43,6 +43,10 @@ class Target:
     lanes: int
     vectors: int
 
+    @property
+    def registers(self) -> int:
+        return 32 if self.vectors == 4 else 16
+
 
 @lru_cache(maxsize=1)
 def target() -> Target:
@@ -200,6 +204,51 @@ def store_fp32(b: ir.IRBuilder, x: ir.Value, address: ir.Value, code: int) -> No
     magnitude = b.select(is_nan, i32(0x7F), b.select(is_subnormal, subnormal, normal))
     sign = b.and_(b.lshr(b.bitcast(x, vec(lanes, I32)), i32(24)), i32(0x80))
     store(b, b.trunc(b.or_(magnitude, sign), vec(lanes, I8)), address)
+
+
+def prefetch(b: ir.IRBuilder, address: ir.Value) -> None:
+    """Ask for the cache line at `address`, which may be any number, for reading."""
+    pointer = ir.PointerType(I8)
+    name = "llvm.prefetch.p0"
+    function = b.module.globals.get(name)
+    if function is None:
+        function = ir.Function(b.module, ir.FunctionType(VOID, [pointer, I32, I32, I32]), name)
+    b.call(function, [b.inttoptr(address, pointer), I32(0), I32(3), I32(1)])
+
+
+def sum_lanes(b: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
+    """Lane sums of `lanes` vectors as one vector: lane i is the sum over vectors[i].
+
+    Pairs are merged by two shuffles and an addition; the masks are those of single x86 instructions (unpack, 128-bit
+    shuffles), which work within quads of lanes first.
+    """
+    lanes = len(vectors)
+    quads = range(0, lanes, 4)
+    second = lanes  # masks number the second vector's lanes from here
+    steps = [
+        ([j for q in quads for j in (q, second + q, q + 1, second + q + 1)],
+         [j for q in quads for j in (q + 2, second + q + 2, q + 3, second + q + 3)]),
+        ([j for q in quads for j in (q, q + 1, second + q, second + q + 1)],
+         [j for q in quads for j in (q + 2, q + 3, second + q + 2, second + q + 3)]),
+    ]  # fmt: skip
+    if lanes == 8:
+        steps.append(([*range(4), *range(8, 12)], [*range(4, 8), *range(12, 16)]))
+    if lanes == 16:
+        steps.append(([*range(8), *range(16, 24)], [*range(8, 16), *range(24, 32)]))
+        even, odd = (
+            [quad + i for quad in places for i in range(4)] for places in ((0, 8, 16, 24), (4, 12, 20, 28))
+        )
+        steps.append((even, odd))
+    for low_mask, high_mask in steps:
+        merged = []
+        for first, other in zip(vectors[0::2], vectors[1::2], strict=True):
+            low, high = (
+                b.shuffle_vector(first, other, ir.Constant(ir.VectorType(I32, lanes), mask))
+                for mask in (low_mask, high_mask)
+            )
+            merged.append(b.fadd(low, high))
+        vectors = merged
+    return vectors[0]
 
 
 def transpose(b: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
