@@ -5,6 +5,8 @@ The simulated executor moves and writes real cache content through the batch's a
 whole prefix up to its token, so that any wrong, lost, shared or stale block is seen when it is attended to.
 """
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
@@ -93,11 +95,11 @@ class SimulatedExecutor:
 
     def _sample(self, batch: Batch, logits: np.ndarray) -> list[int]:
         token_ids: list[int] = []
-        for index, (sequence, row) in enumerate(zip(batch.sample_sequences, batch.sample_rows, strict=True)):
-            is_repeated = index > 0 and batch.sample_sequences[index - 1] is sequence
-            sample_index = sample_index + 1 if is_repeated else sequence.sample_index
+        num_drawn: Counter[Sequence] = Counter()
+        for sequence, row in zip(batch.sample_sequences, batch.sample_rows, strict=True):
             assert logits[row] == content(sequence.token_ids, sequence.cache_salt)[-1], "sampled before the last token"
-            token_ids.append(sample(int(logits[row]), sample_index))
+            token_ids.append(sample(int(logits[row]), sequence.sample_index + num_drawn[sequence]))
+            num_drawn[sequence] += 1
         for part in batch.prompt_logprobs:
             rows = logits[part.first_row : part.first_row + part.num_rows].tolist()
             states = content(part.sequence.prompt_token_ids, part.sequence.cache_salt)
