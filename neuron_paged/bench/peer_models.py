@@ -46,13 +46,15 @@ def _cached(source: Path, name: str, write: Callable[[Path], None]) -> Path:
 
 def _write_safetensors(source: Path, target: Path) -> None:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from neuron_paged.models.gguf_weights import GGUFSource
+    from neuron_paged.models.gguf_file import GGUFFile
+    from neuron_paged.models.gguf_weights import GGUFSource, gguf_config
     from neuron_paged.models.registry import normalise_config
 
-    hf_config = AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
-    weights = GGUFSource(source, normalise_config(hf_config)[1])
+    file = GGUFFile(source)
+    hf_config = gguf_config(file)
+    weights = GGUFSource(file, normalise_config(hf_config)[1])
     state = {name: weights.read(name) for name in weights.names()}
     if hf_config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]

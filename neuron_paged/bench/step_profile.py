@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a step's time goes, from torch's profiler on a sample of the steps of a separate, slower pass."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from neuron_paged.engine.batch import Batch
+from neuron_paged.engine.executor import Executor, StepResult
+from neuron_paged.models import step as step_module
+from neuron_paged.models.llama import LlamaModel
+
+HEAD, SAMPLING = "output head", "sampling"
+OTHER_OPS, OUTSIDE_OPS = "norms, activations, copies", "Python and dispatch in the step"
+_OPS = {
+    "neuron_paged::attention": "attention",
+    "neuron_paged::reshape_and_cache": "KV cache write",
+    "neuron_paged::rotary_embedding": "rotary embedding",
+    "mkldnn::_linear_pointwise": "linear layers",
+    "mkldnn::_linear_pointwise.binary": "linear layers",
+    "aten::linear": "linear layers",
+    "aten::addmm": "linear layers",
+    "aten::mm": "linear layers",
+    "aten::matmul": "linear layers",
+}
+
+
+@dataclass
+class ProfilingExecutor:
+    """Profiles every `every`-th step of the executor inside; seconds: per category, over the profiled steps."""
+
+    inner: Executor
+    every: int
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    num_steps: int = 0
+    num_profiled: int = 0
+
+    def execute(self, batch: Batch) -> StepResult:
+        """Run the inner executor, profiled or not."""
+        self.num_steps += 1
+        if self.num_steps % self.every != 1 and self.every > 1:
+            return self.inner.execute(batch)
+        self.num_profiled += 1
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            start = time.perf_counter()
+            result = self.inner.execute(batch)
+            wall = time.perf_counter() - start
+        in_ops = 0.0
+        for event in profiler.events() or ():
+            if event.name in (HEAD, SAMPLING) or event.name.startswith("[memory]"):
+                continue
+            seconds = event.self_cpu_time_total / 1e6
+            self.seconds[_category(event)] += seconds
+            in_ops += seconds
+        self.seconds[OUTSIDE_OPS] += max(0.0, wall - in_ops)
+        return result
+
+    def shares(self) -> dict[str, float]:
+        """Share of the profiled steps' time per category, largest first; sums to 1."""
+        total = sum(self.seconds.values())
+        return {name: value / total for name, value in sorted(self.seconds.items(), key=lambda item: -item[1])}
+
+
+def _category(event: Any) -> str:
+    """The named range the event lies in, else the innermost operator that is listed, else `OTHER_OPS`."""
+    found, node = OTHER_OPS, event
+    while node is not None:
+        name = node.name
+        if name in (HEAD, SAMPLING):
+            return name
+        if found == OTHER_OPS and name in _OPS:
+            found = _OPS[name]
+        node = node.cpu_parent
+    return found
+
+
+@contextmanager
+def named_ranges(model: LlamaModel) -> Iterator[None]:
+    """While open, the model's output head and the sampler show up as ranges of their own in a profile."""
+    plain_head, plain_sample = model.compute_logits, step_module.sample
+
+    def head(*args: Any, **kwargs: Any) -> Any:
+        with record_function(HEAD):
+            return plain_head(*args, **kwargs)
+
+    def sampling(*args: Any, **kwargs: Any) -> Any:
+        with record_function(SAMPLING):
+            return plain_sample(*args, **kwargs)
+
+    model.compute_logits = head  # type: ignore[method-assign]
+    step_module.sample = sampling
+    try:
+        yield
+    finally:
+        del model.compute_logits  # the instance's attribute; the class's method shows again
+        step_module.sample = plain_sample

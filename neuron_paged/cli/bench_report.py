@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Benchmark results as text for people. Every report says which figures were measured, and which are modelled."""
+
+from typing import Any
+
+from neuron_paged.cli.output import table
+from neuron_paged.collect_env import cpu_model, usable_cpus
+
+MEASURED = "measured on CPU"
+
+
+def _machine(num_threads: int | None = None) -> str:
+    threads = "" if num_threads is None else f", {num_threads} threads"
+    return f"{usable_cpus()} x {cpu_model()}{threads}"
+
+
+def _ms(seconds: dict[str, float] | None, key: str) -> float | None:
+    return None if seconds is None else seconds[key] * 1e3
+
+
+def throughput_report(results: dict[str, Any]) -> str:
+    """Engines, ratios, floor and profile of `bench throughput`."""
+    work, floor = results["workload"], results["floor"]
+    rows = []
+    for engine in results["engines"]:
+        run = engine["median_run"]
+        ttft, itl = run["ttft_s"], run["itl_s"]
+        equal = f"{run['num_equal_outputs']}/{work['num_requests']}"
+        rows.append(
+            [engine["name"], run["wall_s"], run["output_tokens_per_s"], _ms(ttft, "p50"), _ms(ttft, "p99"),
+             _ms(itl, "p50"), _ms(itl, "p99"), run["peak_rss_mib"], equal]
+        )  # fmt: skip
+    header = ["engine", "wall s", "output tok/s", "TTFT p50 ms", "p99", "ITL p50 ms", "p99", "peak RSS MiB", "= ours"]
+    repeats = len(results["engines"][0]["runs"])
+    lines = [
+        f"{results['model']}, {work['num_requests']} requests at once, {work['num_prompt_tokens']} prompt and "
+        f"{work['num_output_tokens']} output tokens ({MEASURED}: {_machine(results['num_threads'])}; median of "
+        f"{repeats})",
+        "",
+        table(header, rows),
+        "",
+        f"floor: {floor['workload_tflop']:.2f} TFLOP at {floor['best_gflops_per_s']:.0f} GFLOP/s, the best matrix "
+        f"product here just now = {floor['floor_s']:.1f} s; reached {floor['fraction_of_floor']:.0%}",
+        f"the model's linear layers alone, at the sizes of this run's {results['num_steps']} steps: "
+        f"{floor['gemm_s']:.1f} s = {floor['fraction_of_gemm']:.0%} of the wall time",
+    ]
+    for name, ratio in results["ratios"].items():
+        pairs = ", ".join(f"{value:.2f}" for value in ratio["pairs"])
+        lines.append(f"wall time of {name} / ours: {ratio['median']:.2f} (turns: {pairs})")
+    lines += ["", _where_time_goes(results)]
+    return "\n".join(lines)
+
+
+def _where_time_goes(results: dict[str, Any]) -> str:
+    wall = results["engines"][0]["median_run"]["wall_s"]
+    phases = {name: seconds for name, seconds in results["phases_s"].items() if seconds}
+    execute = phases.pop("execute", 0.0)
+    rows: list[list[object]] = []
+    if results["profile"] is None:
+        rows.append(["step", f"{execute / wall:.1%}"])
+    else:
+        shares = results["profile"]["shares_of_step"]
+        rows += [[f"step: {name}", f"{share * execute / wall:.1%}"] for name, share in shares.items()]
+    rows += [[f"engine: {name}", f"{seconds / wall:.1%}"] for name, seconds in phases.items()]
+    note = "" if results["profile"] is None else f" ({results['profile']['num_profiled_steps']} steps profiled apart)"
+    return table([f"where the time goes{note}", "of wall"], rows)
+
+
+def latency_report(results: dict[str, Any]) -> str:
+    """Rows of `bench latency`."""
+    rows = [
+        [str(row["batch_size"]), row["prefill_tokens_per_s"], row["decode_tokens_per_s"], _ms(row["ttft_s"], "p50"),
+         _ms(row["itl_s"], "p50"), _ms(row["itl_s"], "p99")]
+        for row in results["batches"]
+    ]  # fmt: skip
+    header = ["batch", "prefill tok/s", "decode tok/s", "TTFT p50 ms", "ITL p50 ms", "p99"]
+    return "\n".join(
+        [
+            f"{results['model']}, {results['prompt_len']} prompt and {results['output_len']} output tokens each "
+            f"({MEASURED}: {_machine(results['num_threads'])})",
+            "",
+            table(header, rows),
+            "",
+            f"limit of a decode step: reading {results['weight_bytes'] / 2**20:.0f} MiB of weights at "
+            f"{results['read_gb_per_s']:.1f} GB/s takes {results['weight_read_s'] * 1e3:.1f} ms",
+        ]
+    )
+
+
+def kv_utilisation_report(results: dict[str, Any]) -> str:
+    """One table per distribution of `bench kv-utilisation`."""
+    parts = []
+    for result in results["distributions"]:
+        name, sigma = result["distribution"]["name"], result["distribution"]["sigma"]
+        first = result["policies"][0]
+        rows = [
+            [row["policy"], row["mean_batch_size"], f"{row['waste']:.1%}", f"{row['stored']:.1%}",
+             row["modelled_tokens_per_s"], f"{first['modelled_tokens_per_s'] / row['modelled_tokens_per_s']:.2f}x",
+             f"{first['mean_batch_size'] / row['mean_batch_size']:.2f}x", str(row["num_preemptions"])]
+            for row in result["policies"]
+        ]  # fmt: skip
+        header = [
+            "policy", "mean batch", "waste", "memory filled", "modelled tok/s", "first row / it", "batch / it",
+            "preempted",
+        ]  # fmt: skip
+        parts.append(
+            f"{name}: {result['num_requests']} requests, mean {result['mean_prompt_len']:.0f} in / "
+            f"{result['mean_output_len']:.0f} out tokens (lognormal, sigma {sigma}; longest {result['longest']} of "
+            f"{result['max_model_len']}), KV memory of {result['num_slots']} tokens\n\n{table(header, rows)}"
+        )
+    parts.append(
+        "waste: slots that are set aside but hold no token. memory filled: tokens held / all slots. Both and the\n"
+        "batch size come from running the allocators on the requests, while more requests were waiting. tok/s are\n"
+        "modelled: a roofline of OPT-13B on an A100 40 GB (StepModel in neuron_paged/bench/kv_utilisation.py)."
+    )
+    return "\n\n".join(parts)
+
+
+def engine_report(results: dict[str, Any]) -> str:
+    """Table and verdicts of `bench engine`."""
+    phases = ("schedule", "build", "postprocess")
+    rows = [
+        [str(row["num_seqs"]), row["host_ms"], *(row["phases_ms"][name] for name in phases),
+         row["host_ms"] / row["num_seqs"] * 1e3]
+        for row in results["steps"]
+    ]  # fmt: skip
+    header = ["running sequences", "ms per step", *phases, "us per sequence"]
+    lines = [f"engine without a model, decoding ({MEASURED}: {_machine()})", "", table(header, rows), ""]
+    fit = results["linear_fit"]
+    if fit is not None:
+        lines.append(
+            f"line through the points: {fit['fixed_us']:.0f} us + {fit['us_per_sequence']:.2f} us per sequence, "
+            f"R² = {fit['r_squared']:.4f}"
+        )
+    step = results["model_step"]
+    if step is not None:
+        lines.append(
+            f"real step of {step['model']} at {step['num_seqs']} sequences: {step['step_ms']:.1f} ms, of which the "
+            f"engine {step['host_ms']:.2f} ms = {step['host_ms'] / step['step_ms']:.1%}"
+        )
+    return "\n".join(lines)
