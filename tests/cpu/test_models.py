@@ -167,7 +167,7 @@ def test_logits_match_transformers(name: str, pack: bool, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
-@pytest.mark.parametrize("pack", [False, None], ids=["plain", "packed"])
+@pytest.mark.parametrize("pack", [False, None], ids=["plain", "packed_if_possible"])
 def test_logits_match_transformers_half_precision(name, dtype, pack, tmp_path: Path) -> None:
     reference = make_reference("Qwen3", {"head_dim": 32})
     reference.save_pretrained(tmp_path)
