@@ -15,7 +15,7 @@ from . import language as nl_module
 from .runner import launch
 
 nl: Any = nl_module
-REPEATS = (16, 80)
+REPEATS = (8, 20)
 
 
 class Residual(NamedTuple):
