@@ -25,14 +25,16 @@ class UniformStream:
     __slots__ = ("_key", "_chunk_index", "_chunk")
 
     def __init__(self, seed: int, sample_index: int) -> None:
-        self._key = (sample_index << 64) | (seed & _MASK_64)
+        # As arrays: half the cost of Python integers.
+        self._key = np.array([seed & _MASK_64, sample_index], np.uint64)
         self._chunk_index = -1
         self._chunk: list[float] = []
 
     def __getitem__(self, index: int) -> float:
         chunk_index, place = divmod(index, _UNIFORM_CHUNK)
         if chunk_index != self._chunk_index:
-            bits = np.random.Philox(key=self._key, counter=chunk_index * _COUNTERS_PER_CHUNK)
+            counter = np.array([chunk_index * _COUNTERS_PER_CHUNK, 0, 0, 0], np.uint64)
+            bits = np.random.Philox(key=self._key, counter=counter)
             uniform = np.random.Generator(bits).random(_UNIFORM_CHUNK)
             self._chunk = (np.floor(uniform * 2.0**24) * 2.0**-24).tolist()
             self._chunk_index = chunk_index

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Detokenizer and stop strings on real tokenizers: byte-level BPE and byte-fallback, built here without any download."""
+"""Detokenizer and stop strings on real tokenizers built here: byte-level BPE and byte-fallback."""
 
 import pytest
 from hypothesis import given, settings
@@ -138,7 +138,9 @@ def test_leftmost_stop_string_wins_and_may_be_included():
 
 @settings(max_examples=300, deadline=None)
 @given(
-    st.lists(st.text("ab<", min_size=1, max_size=4), min_size=1, max_size=3), st.text("ab<c", max_size=30), st.booleans()
+    st.lists(st.text("ab<", min_size=1, max_size=4), min_size=1, max_size=3),
+    st.text("ab<c", max_size=30),
+    st.booleans(),
 )
 def test_streamed_text_never_shows_part_of_a_stop_string(stops, text, include):
     checker, shown = StopStringChecker(stops, include), ""

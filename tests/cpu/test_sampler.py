@@ -91,7 +91,9 @@ def test_rows_do_not_depend_on_their_batch():
 
 @settings(max_examples=100, deadline=None)
 @given(
-    st.integers(0, 2**31), st.sampled_from([1, 5, 128, 300, 4096, 10001]), st.sampled_from([0.0, 0.5, 1 - 2.0**-24, None])
+    st.integers(0, 2**31),
+    st.sampled_from([1, 5, 128, 300, 4096, 10001]),
+    st.sampled_from([0.0, 0.5, 1 - 2.0**-24, None]),
 )
 def test_sample_plain_equals_the_definition(seed, vocab_size, fixed):
     rng = np.random.default_rng(seed)
