@@ -25,8 +25,9 @@ class KVCacheManager:
 
     The order of data movement in a step is: swap_out, swap_in, copies, then the step's own writes. Calls within one
     schedule() must therefore come in this order too: swap_out() of any sequence before anything is allocated, because a
-    block freed by it may be handed out again in the same step (its content is read first), and no release()
-    between a grow() and the end of schedule(), so that the source of a copy stays held.
+    block freed by it may be handed out again in the same step (its content is read first), a host block freed by
+    swap_in() may not be one that swap_out() then takes, and no release() comes between a grow() and the end of
+    schedule(), so that the source of a copy stays held until it is read.
     """
 
     def __init__(self, config: CacheConfig, max_num_seqs: int) -> None:
@@ -184,8 +185,6 @@ class KVCacheManager:
         for block_id in reversed(sequence.block_ids):
             self.device.free(block_id)
         sequence.block_ids = []
-        sequence.num_registered_blocks = 0
-        sequence.num_writable_tokens = 0
 
     def _release_host(self, sequence: Sequence) -> None:
         for block_id in sequence.host_block_ids:

@@ -37,8 +37,9 @@ class Scheduler:
     a watermark; decodes then take blocks as they grow. When those run out, the last running sequence is preempted, to
     host blocks (preemption="swap", while they last) or by computing it again. Victims are chosen before anything of
     the step is allocated: no sequence is preempted that the step already holds, and what is swapped out is what
-    earlier steps wrote. A step that preempts admits only sequences that come before every victim.
-    Under policy "priority" the head of the queue also preempts running sequences of a higher `priority` number.
+    earlier steps wrote. A step that preempts admits only sequences that come before every victim, so that none comes
+    back at once (prefix-cache hits could make it small enough). Under policy "priority" the head of the queue also
+    preempts running sequences of a higher `priority` number.
     """
 
     def __init__(self, config: SchedulerConfig, cache_config: CacheConfig) -> None:
@@ -116,19 +117,7 @@ class Scheduler:
             raise InvalidRequestError(f"parent: got {parent!r}, need a running sequence with all its tokens computed.")
         if self.kv_cache.block_tables.num_free_rows == 0:
             raise InvalidRequestError(f"parent: max_num_seqs = {self.config.max_num_seqs} sequences run already.")
-        parent.num_forks += 1
-        child = Sequence(
-            parent.request_id,
-            parent.prompt_token_ids,
-            parent.sampling_params,
-            priority=parent.priority,
-            arrival_time=parent.arrival_time,
-            cache_salt=parent.cache_salt,
-            sample_index=parent.num_forks,
-        )
-        for token_id in parent.output_token_ids:
-            child.append_token(token_id)
-        child.num_cached_tokens = parent.num_cached_tokens
+        child = parent.fork()
         child.order = (*parent.order[:-1], child.seq_id)
         child.decode_item = ScheduledSequence(child, 1, 1)
         child.status = SequenceStatus.RUNNING
@@ -169,7 +158,7 @@ class Scheduler:
         if self.config.policy == "priority":
             self._preempt_for_head(output)
         ready, growing, prefills = self._split_running()
-        has_stalled = self._make_room(growing, prefills, output)
+        self._make_room(growing, prefills, output)
         if output.preempted:
             ready = [item for item in ready if item.sequence.status is SequenceStatus.RUNNING]
 
@@ -181,8 +170,7 @@ class Scheduler:
             output.scheduled.append(sequence.decode_item)
         output.num_decodes = output.num_tokens = len(output.scheduled)
         self._schedule_prefills(prefills, output)
-        if not has_stalled:
-            self._admit(output)
+        self._admit(output)
         if output.scheduled:
             self._in_flight = output
         return output
@@ -243,6 +231,8 @@ class Scheduler:
             raise IntegrityError("scheduler: a sequence's status differs from the place it is in.")
         if +self._num_with_status != Counter(s.status for s in unfinished):
             raise IntegrityError("scheduler: the numbers of waiting, running and swapped sequences are wrong.")
+        if any(s.decode_item is not None or s.block_ids or s.row >= 0 for s in queued):
+            raise IntegrityError("scheduler: a queued sequence still holds device blocks.")
         if running != sorted(running, key=_ORDER):
             raise IntegrityError("scheduler: the running sequences are not in order.")
         if sum(s.num_samples for s in running) > self.config.max_num_seqs:
@@ -305,15 +295,15 @@ class Scheduler:
             budget -= sequence.num_tokens - sequence.num_computed_tokens
         return ready, growing, prefills
 
-    def _make_room(self, growing: list[Sequence], prefills: list[Sequence], output: SchedulerOutput) -> bool:
+    def _make_room(self, growing: list[Sequence], prefills: list[Sequence], output: SchedulerOutput) -> None:
         """Preempt until every decode and every prefill can compute at least one token; drop victims from the lists.
 
         A prefill that comes last of all running sequences is not preempted for its own sake: it is dropped from the
-        list and waits in its place. True if that happened.
+        list and waits in its place.
         """
         kv_cache = self.kv_cache
         if kv_cache.num_blocks_for_one_token(growing + prefills) <= kv_cache.device.num_free_blocks:
-            return False
+            return
         num_prefills = 0
         while num_prefills <= len(prefills):
             if kv_cache.num_blocks_for_one_token(growing + prefills[:num_prefills]) <= kv_cache.device.num_free_blocks:
@@ -321,11 +311,10 @@ class Scheduler:
                 continue
             if num_prefills > 0 and self._running[-1] is prefills[num_prefills - 1]:
                 prefills.pop()
-                return True
+                return
             self._preempt_last(output)
             growing[:] = [s for s in growing if s.status is SequenceStatus.RUNNING]
             prefills[:] = [s for s in prefills if s.status is SequenceStatus.RUNNING]
-        return False
 
     def _schedule_prefills(self, prefills: list[Sequence], output: SchedulerOutput) -> None:
         """The next chunk of each running prefill, as far as budget and blocks go, one block kept for each later one."""

@@ -143,6 +143,23 @@ class Sequence:
         self.last_token_id = token_id
         self.num_tokens += 1
 
+    def fork(self) -> "Sequence":
+        """A new sequence of the same request with the same tokens and the next sample_index; it has no blocks yet."""
+        self.num_forks += 1
+        child = Sequence(
+            self.request_id,
+            self.prompt_token_ids,
+            self.sampling_params,
+            priority=self.priority,
+            arrival_time=self.arrival_time,
+            cache_salt=self.cache_salt,
+            sample_index=self.num_forks,
+        )
+        for token_id in self.output_token_ids:
+            child.append_token(token_id)
+        child.num_cached_tokens = self.num_cached_tokens
+        return child
+
     def get_token_ids(self, start: int, stop: int) -> list[int]:
         """Token ids of positions [start, stop), without joining prompt and output."""
         num_prompt = self.num_prompt_tokens

@@ -116,7 +116,10 @@ class SimulatedExecutor:
 
 
 class Simulation:
-    """A small engine around scheduler and simulated executor. Each request stops after max_tokens per sequence."""
+    """A small engine around scheduler and simulated executor.
+
+    Each sequence stops after max_tokens, or when the scheduler ends it because the cache can't hold it any longer.
+    """
 
     def __init__(self, config: SchedulerConfig, cache_config: CacheConfig) -> None:
         self.scheduler = Scheduler(config, cache_config)
@@ -127,8 +130,7 @@ class Simulation:
 
     def add(self, prompt: list[int], max_tokens: int, **options: object) -> Sequence:
         """sampling_params holds the total number of tokens to stop at."""
-        total = min(len(prompt) + max_tokens, self.scheduler.max_sequence_tokens)
-        sequence = Sequence(f"request-{len(self.sequences)}", prompt, total, **options)
+        sequence = Sequence(f"request-{len(self.sequences)}", prompt, len(prompt) + max_tokens, **options)
         self.scheduler.add(sequence)
         self.sequences.append(sequence)
         self.prompt_logprobs[sequence] = []
@@ -143,6 +145,7 @@ class Simulation:
         if not output.scheduled:
             assert not (output.swap_out or output.swap_in or output.block_copies or output.preempted)
             return output
+        assert not {item.sequence for item in output.scheduled} & set(output.preempted)
         for sequence in output.preempted:
             self.num_preempted[sequence.status] = self.num_preempted.get(sequence.status, 0) + 1
         batch = build_batch(output, BLOCK_SIZE)
@@ -191,7 +194,7 @@ class Simulation:
         for sequence in self.sequences:
             assert sequence.output_token_ids == single_run(sequence, sequence.num_tokens)
             if sequence.status is SequenceStatus.FINISHED_LENGTH:
-                assert sequence.num_tokens == sequence.sampling_params
+                assert sequence.num_tokens == min(sequence.sampling_params, self.scheduler.max_sequence_tokens)
                 if sequence.needs_prompt_logprobs:
                     assert self.prompt_logprobs[sequence] == sequence.prompt_token_ids[1:]
         kv_cache = self.scheduler.kv_cache
