@@ -12,7 +12,7 @@ from neuron_paged.config import CacheConfig, EngineConfig, SchedulerConfig
 from neuron_paged.engine.cache_sizing import available_memory_bytes, choose_num_blocks
 from neuron_paged.engine.llm_engine import LLMEngine
 from neuron_paged.engine.outputs import RequestOutput
-from neuron_paged.engine.prompts import Prompt, is_single_prompt
+from neuron_paged.engine.prompts import Prompt, TokensPrompt, is_single_prompt
 from neuron_paged.engine.sampling import RequestOutputKind, SamplingParams
 from neuron_paged.errors import ConfigError, InvalidRequestError
 
@@ -150,7 +150,7 @@ class LLM:
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
-    ) -> Prompt:
+    ) -> TokensPrompt:
         """The prompt of a conversation by the tokenizer's chat template (transformers' apply_chat_template).
 
         Raises InvalidRequestError if there is no tokenizer or template, or the template refuses the messages.
