@@ -17,7 +17,9 @@ from neuron_paged.engine.sampling import RequestOutputKind
 from neuron_paged.errors import ConfigError, InvalidRequestError, ModelNotFoundError, PromptTooLongError, StepError
 from neuron_paged.models.loader import load_model
 
-TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[bot]{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[bot]{% endif %}"
+)
 PROMPTS = [f"{'The same beginning of many prompts. ' * (i % 3)}Number {i}" + "." * (i * 7 % 23) for i in range(50)]
 
 
