@@ -3,8 +3,8 @@
 
 from neuron_paged.models.config import ModelConfig, RopeConfig
 from neuron_paged.models.inputs import AttentionInputs
-from neuron_paged.models.linear import prepare_for_cpu
 from neuron_paged.models.loader import LoadedModel, load_model, resolve
+from neuron_paged.models.prepare_cpu import prepare_for_cpu
 from neuron_paged.models.registry import supported_architectures
 
 __all__ = [

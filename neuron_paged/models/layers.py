@@ -112,16 +112,25 @@ class PagedAttention(nn.Module):
         return self.o_proj(attended.reshape(x.shape[0], heads * self.head_dim), residual)
 
 
+class SiluAndMul(nn.Module):
+    """silu(gate) · up of a fused projection."""
+
+    def forward(self, gate_up: Tensor) -> Tensor:
+        """gate_up [T, 2·inner], gate first → [T, inner]."""
+        inner = gate_up.shape[1] // 2
+        return F.silu(gate_up[:, :inner]) * gate_up[:, inner:]
+
+
 class GatedMLP(nn.Module):
     """down(silu(gate(x)) · up(x)); gate and up are one fused projection."""
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: Device) -> None:
         super().__init__()
-        hidden, self.inner = config.hidden_size, config.intermediate_size
-        self.gate_up_proj = Linear(hidden, 2 * self.inner, config.mlp_bias, dtype=dtype, device=device)
-        self.down_proj = Linear(self.inner, hidden, config.mlp_bias, dtype=dtype, device=device)
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_up_proj = Linear(hidden, 2 * inner, config.mlp_bias, dtype=dtype, device=device)
+        self.activation = SiluAndMul()
+        self.down_proj = Linear(inner, hidden, config.mlp_bias, dtype=dtype, device=device)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """x, residual [T, hidden_size] → residual + mlp(x)."""
-        gate_up = self.gate_up_proj(x)
-        return self.down_proj(F.silu(gate_up[:, : self.inner]) * gate_up[:, self.inner :], residual)
+        return self.down_proj(self.activation(self.gate_up_proj(x)), residual)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear layers: the plain one every device understands, and oneDNN's prepacked one for the CPU.
 
-`prepare_for_cpu` swaps the former for the latter. Measured on CPU (2 threads, fp32, SmolLM2-135M's shapes, µs per
+Measured on CPU (2 threads, fp32, SmolLM2-135M's shapes, µs per
 layer, plain → packed): QKV 203 → 94 at M = 1 and 440 → 222 at M = 32; gate+up 1752 → 662 at 32, 11378 → 8576 at 512;
 head 9903 → 4800 at 1, 29185 → 11000 at 32. The residual add inside the GEMM is free, outside it costs 10 µs.
 """
@@ -63,21 +63,3 @@ def can_pack_linear(dtype: torch.dtype) -> bool:
     if not (hasattr(namespace, "_reorder_linear_weight") and hasattr(namespace, "_linear_pointwise")):
         return False
     return dtype is torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def prepare_for_cpu(model: nn.Module, *, packed: bool | None = None) -> nn.Module:
-    """Replace every Linear by its packed form, in place; each plain weight is dropped before the next is packed.
-
-    A weight shared with an embedding stays for the lookup, the packed copy is extra memory.
-    packed: None packs if this torch can; False leaves the model as it is. Never call it on a model that is lowered.
-    """
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if not isinstance(child, Linear) or packed is False:
-                continue
-            if child.weight.device.type != "cpu":
-                raise ValueError(f"prepare_for_cpu: {name}.weight is on {child.weight.device}, need the CPU.")
-            if packed or can_pack_linear(child.weight.dtype):
-                setattr(parent, name, PackedLinear(child.weight, child.bias))
-                child.weight = None  # type: ignore[assignment]
-    return model

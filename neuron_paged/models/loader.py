@@ -17,8 +17,8 @@ from neuron_paged.errors import CheckpointError, ConfigError, ModelNotFoundError
 from neuron_paged.models.config import ModelConfig, as_token_ids
 from neuron_paged.models.gguf_file import GGUFFile
 from neuron_paged.models.gguf_weights import GGUFSource, gguf_config
-from neuron_paged.models.linear import prepare_for_cpu
 from neuron_paged.models.llama import LlamaModel
+from neuron_paged.models.prepare_cpu import prepare_for_cpu
 from neuron_paged.models.registry import find_family, normalise_config
 from neuron_paged.models.weights import SafetensorsSource, load_weights
 
@@ -97,13 +97,14 @@ def load_model(
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     progress: bool = True,
     max_positions: int | None = None,
-    pack_linears: bool | None = None,
+    prepare: bool = True,
 ) -> LoadedModel:
     """Load a model for the CPU.
 
     name_or_path: folder with config.json and safetensors, .gguf file, "demo", or org/name on the hub.
     dtype: of weights, activations and (by default) the KV cache; "auto" is fp32.
-    max_positions: rows of the rotary table, None = the model's maximum. pack_linears: see prepare_for_cpu.
+    max_positions: rows of the rotary table, None = the model's maximum.
+    prepare: bring it into its fast CPU form; False keeps plain torch modules, which can be lowered and exported.
     Raises ModelNotFoundError, UnsupportedModelError, CheckpointError, ConfigError.
     """
     if dtype not in DTYPES:
@@ -112,7 +113,8 @@ def load_model(
     load = _load_gguf if path.is_file() else _load_folder
     with torch.inference_mode():
         loaded = load(path, DTYPES[dtype], progress, max_positions)
-        prepare_for_cpu(loaded.model, packed=pack_linears)
+        if prepare:
+            prepare_for_cpu(loaded.model)
     return loaded
 
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
-from neuron_paged.models import AttentionInputs, load_model
+from neuron_paged.models import AttentionInputs, load_model, prepare_for_cpu
 from neuron_paged.models.llama import LlamaModel
 from neuron_paged.models.registry import normalise_config
 from nki_kernels.layout import NULL_BLOCK_ID, KVCacheLayout
@@ -155,23 +155,25 @@ def check_against(reference: PreTrainedModel, model: LlamaModel, dtype: torch.dt
         assert error <= allowed, f"sequence {row}: error {error:.2e}, allowed {allowed:.2e}"
 
 
-@pytest.mark.parametrize("pack", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("form", ["plain", "unpacked", "packed"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_logits_match_transformers(name: str, pack: bool, tmp_path: Path) -> None:
+def test_logits_match_transformers(name: str, form: str, tmp_path: Path) -> None:
     family, options = CONFIGS[name]
     reference = make_reference(family, options)
     reference.save_pretrained(tmp_path)
-    loaded = load_model(tmp_path, progress=False, pack_linears=pack)
+    loaded = load_model(tmp_path, progress=False, prepare=False)
+    if form != "plain":
+        prepare_for_cpu(loaded.model, packed=form == "packed")
     assert loaded.config.architecture == f"{family}ForCausalLM"
     check_against(reference, loaded.model, torch.float32)
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
-@pytest.mark.parametrize("pack", [False, None], ids=["plain", "packed_if_possible"])
-def test_logits_match_transformers_half_precision(name, dtype, pack, tmp_path: Path) -> None:
+@pytest.mark.parametrize("prepare", [False, True], ids=["plain", "prepared"])
+def test_logits_match_transformers_half_precision(name, dtype, prepare, tmp_path: Path) -> None:
     reference = make_reference("Qwen3", {"head_dim": 32})
     reference.save_pretrained(tmp_path)
-    loaded = load_model(tmp_path, dtype=name, progress=False, pack_linears=pack)
+    loaded = load_model(tmp_path, dtype=name, progress=False, prepare=prepare)
     assert loaded.model.dtype == dtype
     check_against(reference, loaded.model, dtype)
 

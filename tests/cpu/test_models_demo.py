@@ -5,6 +5,7 @@ import importlib.util
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
@@ -76,34 +77,41 @@ def test_weights_equal_transformers(demo: LoadedModel, reference: LlamaForCausal
             assert torch.equal(source.read(name), state[name]), name
 
 
-def greedy(model, prompt_ids: list[int]) -> list[int]:
-    """Prompt, then one token at a time, through a paged cache."""
+def greedy(model, prompts: list[list[int]]) -> list[list[int]]:
+    """All prompts in one packed prefill, then decodes of one token per row, through a paged cache."""
     c = model.config
-    table = torch.tensor([[4, 2, 6, 1]], dtype=torch.int32)
-    shape = KVCacheLayout(c.num_kv_heads, BLOCK_SIZE, c.head_dim).kv_cache_shape(7)
+    blocks_each = 3
+    order = torch.randperm(len(prompts) * blocks_each, generator=torch.Generator().manual_seed(0)) + 1
+    table = order.view(len(prompts), blocks_each).int()
+    shape = KVCacheLayout(c.num_kv_heads, BLOCK_SIZE, c.head_dim).kv_cache_shape(table.numel() + 1)
     caches = [torch.zeros(shape) for _ in range(c.num_layers)]
-    token_ids, done = list(prompt_ids), 0
-    while len(token_ids) < len(prompt_ids) + NEW_TOKENS:
-        positions = torch.arange(done, len(token_ids))
-        new = torch.tensor(token_ids[done:], dtype=torch.int32)
+    sequences, done = [list(prompt) for prompt in prompts], [0] * len(prompts)
+    for _ in range(NEW_TOKENS):
+        positions = [torch.arange(start, len(ids)) for start, ids in zip(done, sequences, strict=True)]
+        slots = [row[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for row, p in zip(table, positions, strict=True)]
+        ends = torch.tensor([len(p) for p in positions]).cumsum(0)
         inputs = AttentionInputs(
-            slot_mapping=(table[0][positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE).int(),
+            slot_mapping=torch.cat(slots).int(),
             block_table=table,
-            context_lens=torch.tensor([len(token_ids)], dtype=torch.int32),
-            cu_seqlens_q=torch.tensor([0, len(new)], dtype=torch.int32) if len(new) > 1 else None,
+            context_lens=torch.tensor([len(ids) for ids in sequences], dtype=torch.int32),
+            cu_seqlens_q=None if done[0] else F.pad(ends, (1, 0)).int(),
         )
+        new = torch.tensor([t for start, ids in zip(done, sequences, strict=True) for t in ids[start:]]).int()
         with torch.inference_mode():
-            hidden = model(new, positions.int(), inputs, caches)
-            done = len(token_ids)
-            token_ids.append(int(model.compute_logits(hidden[-1:]).argmax()))
-    return token_ids
+            hidden = model(new, torch.cat(positions).int(), inputs, caches)
+            chosen = model.compute_logits(hidden[ends - 1]).argmax(-1).tolist()
+        done = [len(ids) for ids in sequences]
+        for ids, token in zip(sequences, chosen, strict=True):
+            ids.append(token)
+    return sequences
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_greedy_text_equals_transformers(demo: LoadedModel, reference: LlamaForCausalLM, prompt: str) -> None:
+def test_greedy_text_equals_transformers(demo: LoadedModel, reference: LlamaForCausalLM) -> None:
+    """Fed with our text, transformers must choose every token of it."""
     assert demo.tokenizer is not None
-    prompt_ids = demo.tokenizer(prompt)["input_ids"]
-    token_ids = greedy(demo.model, prompt_ids)
-    with torch.inference_mode():  # fed with our text, transformers must choose every token of it
-        choices = reference(torch.tensor([token_ids])).logits[0].argmax(-1)
-    assert choices[len(prompt_ids) - 1 : -1].tolist() == token_ids[len(prompt_ids) :]
+    prompts = [demo.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    for prompt, token_ids in zip(prompts, greedy(demo.model, prompts), strict=True):
+        with torch.inference_mode():
+            choices = reference(torch.tensor([token_ids])).logits[0].argmax(-1)
+        assert choices[len(prompt) - 1 : -1].tolist() == token_ids[len(prompt) :]
+        assert len(token_ids) == len(prompt) + NEW_TOKENS

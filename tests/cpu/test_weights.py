@@ -46,7 +46,7 @@ def edit(folder: Path, change) -> None:
 
 
 def load(folder: Path, **options) -> LlamaModel:
-    return load_model(folder, progress=False, pack_linears=False, **options).model
+    return load_model(folder, progress=False, prepare=False, **options).model
 
 
 def assert_same_weights(model: LlamaModel, reference: LlamaForCausalLM) -> None:

@@ -55,7 +55,8 @@ def _source_digest() -> int:
     return int.from_bytes(digest.digest()[:7], "little")
 
 
-def _build(make_entries: Callable[..., tuple[Any, Any]]) -> Kernel:
+def build_kernel(make_entries: Callable[..., tuple[Any, Any]]) -> Kernel:
+    """Compile, or take from the disk cache, the C functions `make_entries(digest, cache)` makes: (plan, worker)."""
     digest = _source_digest()
     try:
         entries = make_entries(digest, cache=True)
@@ -77,7 +78,7 @@ def kernel(name: str) -> Kernel:
         "rotary": cache_ops.rotary_entries,
     }
     with _lock:
-        return _build(makers[name])
+        return build_kernel(makers[name])
 
 
 def warm_up() -> None:

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU forms of layers against fp64: packed linear layers, one-pass RMSNorm and SiLU·up, any size and stride."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import Qwen3Config
+
+from neuron_paged.models import cpu_kernels, prepare_for_cpu
+from neuron_paged.models.linear import Linear, PackedLinear, can_pack_linear
+from neuron_paged.models.llama import LlamaModel
+from neuron_paged.models.prepare_cpu import CpuRMSNorm, CpuSiluAndMul
+from neuron_paged.models.registry import normalise_config
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def check(got: torch.Tensor, same: torch.Tensor, exact: torch.Tensor) -> None:
+    """At most twice the error of torch in the same dtype."""
+    assert got.dtype == same.dtype and got.shape == exact.shape
+    allowed = 2 * (same.double() - exact).abs().max() + 1e-5
+    assert (got.double() - exact).abs().max() <= allowed
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, seed: int = 0) -> torch.Tensor:
+    return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(0, 70), size=st.integers(1, 150), seed=st.integers(0, 99))
+def test_rms_norm(dtype: torch.dtype, rows: int, size: int, seed: int) -> None:
+    x, weight = random(rows, size, dtype=dtype, seed=seed), random(size, seed=seed + 1)
+    got = cpu_kernels.rms_norm(x, weight, 1e-5)
+    if rows:
+        exact = F.rms_norm(x.double(), (size,), weight.double(), 1e-5)
+        check(got, F.rms_norm(x.float(), (size,), weight, 1e-5).to(dtype), exact)
+    assert got.shape == x.shape
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rms_norm_of_heads_inside_a_fused_projection(dtype: torch.dtype) -> None:
+    fused, weight = random(37, 8, 48, dtype=dtype), random(48)
+    for heads in (fused[:, :5], fused[:, 5:7], fused.transpose(1, 2)[:, :, :3].transpose(1, 2)):
+        exact = F.rms_norm(heads.double(), (48,), weight.double(), 1e-6)
+        same = F.rms_norm(heads.float(), (48,), weight, 1e-6).to(dtype)
+        check(cpu_kernels.rms_norm(heads, weight, 1e-6), same, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 70), inner=st.integers(1, 150), seed=st.integers(0, 99))
+def test_silu_and_mul(dtype: torch.dtype, rows: int, inner: int, seed: int) -> None:
+    x = random(rows, 2 * inner, dtype=dtype, scale=6.0, seed=seed)
+    exact = F.silu(x[:, :inner].double()) * x[:, inner:].double()
+    check(cpu_kernels.silu_and_mul(x), F.silu(x[:, :inner]) * x[:, inner:], exact)
+
+
+def test_silu_and_mul_extremes() -> None:
+    gate = torch.tensor([0.0, -0.0, 90.0, -90.0, 200.0, -200.0, 3e38, -3e38, 1e-30, -1e-30, torch.nan] * 3)
+    got = cpu_kernels.silu_and_mul(torch.stack([gate, torch.ones_like(gate)]).reshape(1, -1))[0]
+    torch.testing.assert_close(got, F.silu(gate.double()).float(), rtol=1e-6, atol=1e-30, equal_nan=True)
+
+
+def test_rows_beyond_one_thread() -> None:
+    x = random(400, 300)
+    exact = F.rms_norm(x.double(), (300,), None, 1e-5)
+    check(cpu_kernels.rms_norm(x, torch.ones(300), 1e-5), F.rms_norm(x, (300,), None, 1e-5), exact)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 32, 130])
+def test_packed_linear(rows: int, bias: bool) -> None:
+    linear = Linear(72, 50, bias, dtype=torch.float32, device="cpu")
+    for seed, parameter in enumerate(linear.parameters()):
+        parameter.copy_(random(*parameter.shape, seed=seed))
+    x, residual = random(rows, 72, seed=7), random(rows, 50, seed=8)
+    packed = PackedLinear(linear.weight, linear.bias)
+    exact = F.linear(x.double(), linear.weight.double(), None if linear.bias is None else linear.bias.double())
+    with torch.inference_mode():
+        check(packed(x), linear(x), exact)
+        check(packed(x, residual), linear(x, residual), exact + residual.double())
+    assert torch.equal(residual, random(rows, 50, seed=8))  # not added in place
+
+
+def tiny_model(device: str = "cpu", dtype: torch.dtype = torch.float32) -> LlamaModel:
+    config = Qwen3Config(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=16, tie_word_embeddings=True,
+    )  # fmt: skip
+    return LlamaModel(normalise_config(config)[1], device=device, dtype=dtype)
+
+
+def test_prepare_for_cpu_replaces_layers_and_drops_their_weights() -> None:
+    model = tiny_model()
+    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    prepare_for_cpu(model)
+    kinds = [type(module) for module in model.modules()]
+    assert can_pack_linear(torch.float32) == (kinds.count(PackedLinear) == len(linears) == 9)
+    assert kinds.count(CpuRMSNorm) == 9 and kinds.count(CpuSiluAndMul) == 2
+    assert all(linear.weight is None for linear in linears)
+    assert [name for name, _ in model.named_parameters()] == ["embed_tokens.weight", "rotary_emb.cos_sin_cache"]
+
+
+def test_prepare_for_cpu_without_packed_linears() -> None:
+    model = prepare_for_cpu(tiny_model(), packed=False)
+    kinds = [type(module) for module in model.modules()]
+    assert PackedLinear not in kinds and kinds.count(Linear) == 9
+
+
+def test_prepare_for_cpu_refuses_other_devices() -> None:
+    with pytest.raises(ValueError, match="got a model on meta, need one on the CPU"):
+        prepare_for_cpu(tiny_model("meta"))
+
+
+def test_can_pack_linear_refuses_what_onednn_lacks() -> None:
+    assert not can_pack_linear(torch.float16) and not can_pack_linear(torch.float64)
