@@ -160,7 +160,10 @@ def ndarray(
             f"nl.ndarray: buffer: got {buffer!r}, need nl.sbuf, nl.psum, nl.private_hbm or nl.shared_hbm{at_line()}"
         )
     where_ = None if address is None else (int(address[0]), int(address[1]))
-    return core.allocate(check_shape(shape, name or ""), dtypes.canonical(dtype), buffer, name or "", where_)
+    sizes = check_shape(shape, name or "")
+    if 0 in sizes:
+        core.machine.ambiguous(f"nl.ndarray: shape {sizes} is empty")
+    return core.allocate(sizes, dtypes.canonical(dtype), buffer, name or "", where_)
 
 
 def full(shape: Any, fill_value: Any, dtype: Any, buffer: Any = SBUF, name: str = "") -> NkiTensor:

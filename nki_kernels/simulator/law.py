@@ -63,11 +63,11 @@ def tile(core: Core, instruction: str, operand: str, t: Any, buffers: tuple[Any,
     for n in shape[1:]:
         free *= n
     if free > MAX_FREE_ELEMENTS[storage.buffer]:
-        raise law(
-            instruction,
-            operand,
-            f"{free} elements per partition exceed the {MAX_FREE_ELEMENTS[storage.buffer]} of one instruction",
-        )
+        limit = MAX_FREE_ELEMENTS[storage.buffer]
+        problem = f"{free} elements per partition exceed the {limit} of one instruction"
+        if storage.buffer is SBUF or 0 not in t.strides:
+            raise law(instruction, operand, problem)
+        core.machine.ambiguous(f"{instruction}: {operand}: {problem} (a broadcast view inside PSUM)")
     return t
 
 

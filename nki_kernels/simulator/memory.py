@@ -80,7 +80,7 @@ class Storage:
             count *= n
         self.nbytes = count * self.itemsize
         self.on_chip = buffer is SBUF or buffer is PSUM
-        self.partition_bytes = self.nbytes // shape[0] if self.on_chip else 0
+        self.partition_bytes = self.nbytes // max(shape[0], 1) if self.on_chip else 0
         self.name = name or f"{buffer.value}{self.id}"
         self.site = caller_line()
         self.address = address
@@ -140,7 +140,7 @@ def check_shape(shape: Any, name: str) -> tuple[int, ...]:
         out = tuple(int(n) for n in shape)
     except TypeError:
         raise LawError(f"nl.ndarray {name}: shape: got {shape!r}, need a tuple of ints{at_line()}") from None
-    if not out or any(n <= 0 for n in out):
+    if not out or any(n < 0 for n in out):
         raise LawError(f"nl.ndarray {name}: shape: got {out}, need positive sizes{at_line()}")
     return out
 

@@ -8,6 +8,7 @@ from ..errors import LawError as NkiValidationError
 from ..errors import NotImplementedInstructionError, at_line
 from ..machine import Instruction as NkiInstruction
 from ..machine import Register as VirtualRegister
+from . import enums as constants
 from .cores import core_barrier, sendrecv
 from .dma import dma_compute, dma_copy, dma_transpose
 from .enums import (
@@ -63,6 +64,7 @@ __all__ = [
     "activation_reduce",
     "affine_select",
     "bn_aggr",
+    "constants",
     "bn_stats",
     "core_barrier",
     "dge_mode",
