@@ -5,17 +5,14 @@
 """
 
 import importlib
-import importlib.util
 from types import ModuleType
 
 
 def _real_nki() -> tuple[ModuleType, ModuleType, ModuleType] | None:
-    """The installed AWS wheel; None if absent or a placeholder without `jit`."""
+    """The installed AWS wheel; None if absent, a placeholder without `jit`, or the simulator under its name."""
     try:
-        if importlib.util.find_spec("nki") is None:
-            return None
         top = importlib.import_module("nki")
-        if not hasattr(top, "jit"):
+        if not hasattr(top, "jit") or hasattr(top, "SIMULATED"):
             return None
         return top, importlib.import_module("nki.language"), importlib.import_module("nki.isa")
     except ImportError:

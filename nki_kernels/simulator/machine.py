@@ -142,7 +142,7 @@ class Core:
     ) -> NkiTensor:
         """A fresh poisoned tensor."""
         if buffer is SBUF or buffer is PSUM:
-            check_tile(shape, dtype, buffer, self.machine.generation.sbuf_partition_bytes, name)
+            check_tile(shape, dtype, buffer, self.machine.generation.sbuf_partition_bytes, name, address)
         if buffer is SHARED_HBM and self.machine.num_cores > 1:
             storage = self._shared(shape, dtype, name)
         else:

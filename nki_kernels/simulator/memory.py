@@ -145,7 +145,14 @@ def check_shape(shape: Any, name: str) -> tuple[int, ...]:
     return out
 
 
-def check_tile(shape: tuple[int, ...], dtype: str, buffer: MemoryRegion, sbuf_bytes: int, name: str) -> None:
+def check_tile(
+    shape: tuple[int, ...],
+    dtype: str,
+    buffer: MemoryRegion,
+    sbuf_bytes: int,
+    name: str,
+    address: tuple[int, int] | None = None,
+) -> None:
     """A single on-chip tile must be >= 2-D, at most 128 partitions, and fit in one partition of its memory."""
     what = f"nl.ndarray {name or buffer.value}"
     if len(shape) < 2:
@@ -160,6 +167,13 @@ def check_tile(shape: tuple[int, ...], dtype: str, buffer: MemoryRegion, sbuf_by
     limit = sbuf_bytes if buffer is SBUF else PSUM_BYTES
     if free > limit:
         raise LawError(f"{what}: {free} bytes per partition exceed the {limit} bytes of {buffer.value}{at_line()}")
+    if address is not None:
+        partition, start = address
+        if partition < 0 or start < 0 or partition + shape[0] > NUM_PARTITIONS or start + free > limit:
+            raise LawError(
+                f"{what}: address: partitions {partition}..{partition + shape[0]}, bytes {start}..{start + free} leave "
+                f"the {NUM_PARTITIONS} partitions of {limit} bytes{at_line()}"
+            )
 
 
 def link_rivals(new: Storage, others: list[Storage]) -> None:

@@ -41,7 +41,9 @@ def _module(name: str, **attributes: Any) -> ModuleType:
 
 def nki_modules() -> dict[str, ModuleType]:
     """The modules that stand for the `nki` package, by import name."""
-    top = _module("nki", __path__=[], __version__="0.6.0", jit=jit, simulate=simulate, dtype=str, trace=jit)
+    top = _module(
+        "nki", __path__=[], __version__="0.6.0", SIMULATED=True, jit=jit, simulate=simulate, dtype=str, trace=jit
+    )
     names = {
         "language": language,
         "isa": isa,

@@ -44,6 +44,11 @@ def one_tile_exceeds_sbuf(bad):
     nl.ndarray((128, 57345 if bad else 57344), dtype=nl.float32, buffer=nl.sbuf)
 
 
+@law("address: partitions 64..192, bytes 0..16 leave the 128 partitions")
+def address_beyond_memory(bad):
+    nl.ndarray((128 if bad else 64, 4), dtype=nl.float32, buffer=nl.sbuf, address=(64, 0))
+
+
 @law("SBUF: live tiles need", error=simulator.CapacityError)
 def summed_sbuf(bad):
     tiles = [tile((128, 20_000)) for _ in range(3 if bad else 2)]
@@ -313,6 +318,12 @@ def gather_through_hwdge(bad):
 def hwdge_converts(bad):
     dst = tile((4, 4), dtype=nl.bfloat16 if bad else nl.float32)
     nisa.dma_copy(dst=dst, src=hbm((4, 4)), dge_mode=nisa.dge_mode.hwdge)
+
+
+@law("dma_copy: src: integer above")
+def dma_rounds_large_integers(bad):
+    x = tile((4, 4), dtype=nl.int32, value=(1 << 24) + 1)
+    nisa.dma_copy(dst=hbm((4, 4), dtype=nl.float32) if bad else hbm((4, 4), dtype=nl.int32), src=x)
 
 
 @law("row 3 is scattered to more than once")

@@ -126,3 +126,21 @@ def test_grid_beyond_generation_raises():
 def test_call_outside_kernel_raises():
     with pytest.raises(simulator.KernelError, match="no kernel is running"):
         nl.ndarray((4, 4), dtype=nl.float32, buffer=nl.sbuf)
+
+
+def test_toolchain_uses_the_simulator_without_a_wheel():
+    from nki_kernels import toolchain
+
+    assert toolchain.BACKEND == "simulator"
+    with simulator.as_nki():
+        assert toolchain._real_nki() is None
+
+
+def test_as_nki_restores_what_was_imported_before(monkeypatch):
+    import types
+
+    real = types.ModuleType("nki")
+    monkeypatch.setitem(sys.modules, "nki", real)
+    with simulator.as_nki() as simulated:
+        assert sys.modules["nki"] is simulated is not real
+    assert sys.modules["nki"] is real

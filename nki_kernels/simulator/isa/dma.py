@@ -181,6 +181,8 @@ def _rows_inside(core: Core, t: NkiTensor) -> tuple[int, int]:
 
 def _copy(core: Core, dst: NkiTensor, src: NkiTensor) -> None:
     raw = core.load(src)
+    if dst.dtype != src.dtype:
+        law.exact_integers("dma_copy", "src", src, raw)
     if dst.storage is src.storage and np.may_share_memory(dst.array, raw):
         raw = raw.copy()
     core.store(dst, raw if dst.dtype == src.dtype else dtypes.cast(raw, src.dtype, dst.dtype))
