@@ -45,11 +45,15 @@ def paged_attention_prefill_ref(
         if context_len == 0 or start == end:
             continue
         key, value = gather_context_ref(kv_cache, block_table[row], context_len, k_scale, v_scale)
-        key, value = (x.repeat_interleave(group_size, dim=0) for x in (key, value))  # [num_heads, context_len, head_dim]
+        key, value = (
+            x.repeat_interleave(group_size, dim=0) for x in (key, value)
+        )  # [num_heads, context_len, head_dim]
 
         k_pos = torch.arange(context_len, device=query.device)
         q_pos = k_pos[context_len - (end - start) :, None]
-        scores = query[start:end].float().transpose(0, 1) @ key.transpose(1, 2) * scale  # [num_heads, q_len, context_len]
+        scores = (
+            query[start:end].float().transpose(0, 1) @ key.transpose(1, 2) * scale
+        )  # [num_heads, q_len, context_len]
         if logits_soft_cap > 0:
             scores = logits_soft_cap * torch.tanh(scores / logits_soft_cap)
         if alibi_slopes is not None:

@@ -4,6 +4,7 @@
 The kernels check all index values themselves before anything is read or written; only the message is made here.
 """
 
+import ctypes
 import struct
 
 import torch
@@ -125,6 +126,8 @@ def _attention(
     scratch = workspace.buffer("scratch", worker_bytes * threads + 4 * partial_floats + 64 + 8 * num_groups)
     partials = scratch + worker_bytes * threads
     counters = (partials + 4 * partial_floats + 63) // 64 * 64
+    if num_groups:
+        ctypes.memset(counters, 0, 8 * num_groups)
     args[34:38] = (output.data_ptr(), scratch, partials, counters)
     run_parallel(attention.worker, at, threads)
     return output
@@ -183,13 +186,13 @@ def _reshape_and_cache(
 
 def _copy_blocks(kv_cache: Tensor, block_mapping: Tensor) -> None:
     checks.check_copy_blocks(kv_cache, block_mapping)
-    value_checks.check_block_mapping_values(block_mapping, kv_cache.shape[0], kv_cache.shape[0])
+    value_checks.check_block_mapping_values(block_mapping.tolist(), kv_cache.shape[0], kv_cache.shape[0])
     _move_blocks(kv_cache, kv_cache, block_mapping)
 
 
 def _swap_blocks(src: Tensor, dst: Tensor, block_mapping: Tensor) -> None:
     checks.check_swap_blocks(src, dst, block_mapping)
-    value_checks.check_block_mapping_values(block_mapping, src.shape[0], dst.shape[0])
+    value_checks.check_block_mapping_values(block_mapping.tolist(), src.shape[0], dst.shape[0])
     _move_blocks(src, dst, block_mapping)
 
 

@@ -102,16 +102,18 @@ def check_slot_mapping_values(kv_cache: Tensor, slot_mapping: Tensor, *, strict:
             raise ValueError(f"slot_mapping: got slot {int(values[at])} for {int(counts[at])} tokens, need one each.")
 
 
-def check_block_mapping_values(block_mapping: Tensor, num_src_blocks: int, num_dst_blocks: int) -> None:
-    """Blocks are in range and no block but the null block is a destination twice."""
-    _check_range("block_mapping[:, 0]", block_mapping[:, 0], num_src_blocks, "source blocks")
-    _check_range("block_mapping[:, 1]", block_mapping[:, 1], num_dst_blocks, "destination blocks")
-    values, counts = block_mapping[:, 1].unique(return_counts=True)
-    at = _first((counts > 1) & (values != NULL_BLOCK_ID))
-    if at is not None:
-        raise ValueError(
-            f"block_mapping: got destination {int(values[at])} {int(counts[at])} times, need each at most once."
-        )
+def check_block_mapping_values(pairs: list[list[int]], num_src_blocks: int, num_dst_blocks: int) -> None:
+    """(source, destination) blocks are in range, and none but the null block is a destination twice."""
+    seen = set()
+    for i, pair in enumerate(pairs):
+        for side, (block, limit) in enumerate(zip(pair, (num_src_blocks, num_dst_blocks), strict=True)):
+            if not 0 <= block < limit:
+                kind = ("source", "destination")[side]
+                raise ValueError(f"block_mapping[{i}, {side}]: got {block}, need 0..{limit - 1} ({kind} blocks).")
+        destination = pair[1]
+        if destination in seen and destination != NULL_BLOCK_ID:
+            raise ValueError(f"block_mapping[{i}, 1]: got destination {destination} a second time, need each once.")
+        seen.add(destination)
 
 
 def check_positions_values(positions: Tensor, cos_sin_cache: Tensor) -> None:

@@ -125,6 +125,12 @@ def _tile_tokens(group_size):
 
 
 @njit(error_model="numpy")
+def _whole_blocks(num_rows):
+    """Rows rounded up to whole register blocks."""
+    return (num_rows + BLOCK_ROWS - 1) // BLOCK_ROWS * BLOCK_ROWS
+
+
+@njit(error_model="numpy")
 def _first_visible(position, sliding_window):
     return max(0, position - sliding_window + 1) if sliding_window > 0 else 0
 
@@ -207,7 +213,7 @@ def plan_attention(a):
         items += parts * tiles * num_kv_heads
         if parts > 1:
             groups += num_kv_heads
-            partial_floats += num_kv_heads * parts * q_len * group_size * (padded_dim + STATE_FLOATS)
+            partial_floats += num_kv_heads * parts * _whole_blocks(q_len * group_size) * (padded_dim + STATE_FLOATS)
     set_i64(first_item, num_seqs, items)
 
     rows = min(longest_query, tile_tokens) * group_size + BLOCK_ROWS
@@ -236,7 +242,9 @@ def _load_rows(a, start, num_rows, group_size, head, queries, outputs, states, p
         load_row(get_i64(a, _QUERY_DTYPE), source, query, head_dim, scale)
         zero_bytes(query + 4 * head_dim, 4 * (padded_dim - head_dim))
         if with_sink and sinks != 0:  # a sink is a score seen before the first token
-            set_f32(states, STATE_FLOATS * row, max(get_f32(sinks, query_head) * np.float32(LOG2_E), np.float32(MASKED)))
+            set_f32(
+                states, STATE_FLOATS * row, max(get_f32(sinks, query_head) * np.float32(LOG2_E), np.float32(MASKED))
+            )
             set_f32(states, STATE_FLOATS * row + 1, 1.0)
         else:
             set_f32(states, STATE_FLOATS * row, MASKED)
@@ -329,11 +337,11 @@ def _write_outputs(a, start, num_rows, group_size, head, outputs, states, padded
 
 
 @njit(error_model="numpy")
-def _combine_parts(partials, num_parts, num_rows, padded_dim):
-    """Fold the parts' outputs and softmax states into the first part's; each part is [rows, P] then [rows, state]."""
-    part_floats = num_rows * (padded_dim + STATE_FLOATS)
+def _combine_parts(partials, num_parts, num_rows, all_rows, padded_dim):
+    """Fold the parts' outputs and states into the first part's; a part is outputs [all_rows, P], then their states."""
+    part_floats = all_rows * (padded_dim + STATE_FLOATS)
     for row in range(num_rows):
-        state = num_rows * padded_dim + row * STATE_FLOATS
+        state = all_rows * padded_dim + row * STATE_FLOATS
         maximum = np.float32(MASKED)
         for part in range(num_parts):
             maximum = max(maximum, get_f32(partials, part * part_floats + state))
@@ -393,17 +401,17 @@ def _run_item(a, item, row, scratch):
     next_value_rows = next_key_rows + ROW_LIST_BYTES
     queries = next_value_rows + ROW_LIST_BYTES
     direct = num_rows <= MAX_DIRECT_ROWS
-    all_rows = num_rows if direct else (num_rows + BLOCK_ROWS - 1) // BLOCK_ROWS * BLOCK_ROWS
+    all_rows = _whole_blocks(num_rows)
     outputs = queries + 4 * all_rows * padded_dim
     partials = np.int64(0)
     if parts > 1:
-        part_bytes = 4 * num_rows * (padded_dim + STATE_FLOATS)
+        part_bytes = 4 * all_rows * (padded_dim + STATE_FLOATS)
         partials = get_i64(a, _PARTIALS) + 4 * get_i64(plan, 2 * num_seqs + 1 + row) + head * parts * part_bytes
         outputs = partials + part * part_bytes
     states = outputs + 4 * all_rows * padded_dim
 
     _load_rows(a, tile_start, num_rows, group_size, head, queries, outputs, states, padded_dim, part == 0)
-    if all_rows > num_rows:  # register blocks are computed whole: let the extra rows be zeros
+    if not direct and all_rows > num_rows:  # register blocks are computed whole: let the extra rows be zeros
         zero_bytes(queries + 4 * num_rows * padded_dim, 4 * (all_rows - num_rows) * padded_dim)
         zero_bytes(outputs + 4 * num_rows * padded_dim, 4 * (all_rows - num_rows) * padded_dim)
         zero_bytes(states + 4 * num_rows * STATE_FLOATS, 4 * (all_rows - num_rows) * STATE_FLOATS)
@@ -412,7 +420,8 @@ def _run_item(a, item, row, scratch):
     tile_tokens = LONG_TILE_TOKENS if direct and in_place else TILE_TOKENS
     buffers = (queries, outputs, states, scores, keys, padded_dim)
     num_tokens = min(tile_tokens, last_token - first_token)
-    _find_rows(a, row, head, first_token, num_tokens, key_rows, value_rows)
+    if num_tokens > 0:  # the last of very many parts may be empty
+        _find_rows(a, row, head, first_token, num_tokens, key_rows, value_rows)
     while num_tokens > 0:
         next_token = first_token + num_tokens
         next_tokens = min(tile_tokens, last_token - next_token)
@@ -437,9 +446,9 @@ def _run_item(a, item, row, scratch):
         group = get_i64(plan, 3 * num_seqs + 1 + row) + head
         if fetch_add(get_i64(a, _GROUP_COUNTERS), group, 1) < parts - 1:
             return
-        _combine_parts(partials, parts, num_rows, padded_dim)
+        _combine_parts(partials, parts, num_rows, all_rows, padded_dim)
         outputs = partials
-        states = outputs + 4 * num_rows * padded_dim
+        states = outputs + 4 * all_rows * padded_dim
     _write_outputs(a, tile_start, num_rows, group_size, head, outputs, states, padded_dim)
 
 

@@ -9,7 +9,7 @@ import hashlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def build_kernel(make_entries: Callable[..., tuple[Any, Any]]) -> Kernel:
     return Kernel(plan, worker, entries)
 
 
-@lru_cache(maxsize=None)
+@cache
 def kernel(name: str) -> Kernel:
     """The kernel "attention", "cache_write" or "rotary"; compiled, or read from the disk cache, on first use."""
     from neuron_paged.ops.cpu_kernels import attention, cache_ops

@@ -22,7 +22,7 @@ MAX_LANES = 16
 # Rows of one register block. 6 rows x 4 vectors + 4 columns + 1 broadcast = 29 of AVX-512's (or NEON's) 32 registers,
 # 6 x 2 + 2 + 1 = 15 of AVX2's 16.
 BLOCK_ROWS = 6
-PREFETCH_TOKENS = 8  # how far ahead conversion asks for rows
+PREFETCH_TOKENS = 16  # how far ahead rows of the cache are asked for: about 4 KiB
 MASKED = -1.0e30  # below any logit, yet finite: differences stay numbers
 STATE_FLOATS = 3  # of one row's online softmax: running maximum, running sum, decay
 
@@ -227,9 +227,7 @@ def _emit_tile_scores(
 
 
 @intrinsic
-def multiply_key_tile(
-    typingctx: Any, queries: Any, keys: Any, scores: Any, depth: Any, pitch: Any, width: Any
-) -> Any:
+def multiply_key_tile(typingctx: Any, queries: Any, keys: Any, scores: Any, depth: Any, pitch: Any, width: Any) -> Any:
     """scores[r, t] = Σ_d queries[r, d] · keys[d, t] for BLOCK_ROWS rows and t < width: the form for many rows.
 
     depth: d runs to; pitch: elements between rows of queries; width: a multiple of `lanes`, <= TILE_TOKENS.
@@ -261,6 +259,8 @@ def _emit_row_scores(num_rows: int) -> Callable[..., None]:
                 places = [b.add(token, I64(i)) for i in block]
                 keys = [v.load(b, _offset(b, key_rows, place, 8), I64) for place in places]
                 later = [v.load(b, _offset(b, ahead, place, 8), I64) for place in places]
+                soon = [b.add(place, I64(PREFETCH_TOKENS)) for place in places]
+                later += [v.load(b, _offset(b, key_rows, place, 8), I64) for place in soon]
                 for r in range(num_rows):
                     for i in block:
                         b.store(v.constant(0.0, lanes), sums[r][i])
@@ -288,7 +288,7 @@ def multiply_key_rows(
     """scores[r, t] = queries[r, :] · (fp32 row at address key_rows[t]): the form for few rows, no transposition.
 
     num_rows <= BLOCK_ROWS; num_tokens: a multiple of `lanes`, <= LONG_TILE_TOKENS; pitch: padded head_dim, zeros beyond
-    head_dim; ahead: addresses of rows needed next, prefetched meanwhile.
+    head_dim; ahead: addresses of rows needed next, prefetched meanwhile, as is key_rows itself PREFETCH_TOKENS further on.
     """
 
     def emit(b: Builder, args: tuple[ir.Value, ...]) -> None:
@@ -488,9 +488,7 @@ def rotate_row(typingctx: Any, interleaved: Any, x: Any, cosines: Any, half: Any
     """Rotate the pairs of x (fp32) in place; cosines: address of `half` cosines followed by `half` sines."""
 
     def emit(b: Builder, args: tuple[ir.Value, ...]) -> None:
-        functions = {
-            i: v.define(b.module, f"rotate_row_{i}", [I64] * 3, _emit_rotate(bool(i))) for i in (0, 1)
-        }
+        functions = {i: v.define(b.module, f"rotate_row_{i}", [I64] * 3, _emit_rotate(bool(i))) for i in (0, 1)}
         v.switch_call(b, args[0], functions, list(args[1:]))
 
     return _declare([types.int64] * 4, emit)

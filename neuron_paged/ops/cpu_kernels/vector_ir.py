@@ -16,7 +16,14 @@ from llvmlite import ir
 
 from nki_kernels.layout import FP8_E4M3_MAX
 
-F32, I64, I32, I16, I8, VOID = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.IntType(8), ir.VoidType()
+F32, I64, I32, I16, I8, VOID = (
+    ir.FloatType(),
+    ir.IntType(64),
+    ir.IntType(32),
+    ir.IntType(16),
+    ir.IntType(8),
+    ir.VoidType(),
+)
 
 # Codes of element types, as the kernels' arguments carry them.
 FP32, BF16, FP16, FP8 = range(4)
@@ -107,7 +114,9 @@ def maximum(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
     return b.select(b.fcmp_ordered(">", x, y), x, y)
 
 
-def reduce_lanes(b: ir.IRBuilder, x: ir.Value, combine: Callable[[ir.IRBuilder, ir.Value, ir.Value], ir.Value]) -> ir.Value:
+def reduce_lanes(
+    b: ir.IRBuilder, x: ir.Value, combine: Callable[[ir.IRBuilder, ir.Value, ir.Value], ir.Value]
+) -> ir.Value:
     """Fold a vector to a scalar by halves."""
     lanes = x.type.count
     while lanes > 1:
@@ -235,9 +244,7 @@ def sum_lanes(b: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
         steps.append(([*range(4), *range(8, 12)], [*range(4, 8), *range(12, 16)]))
     if lanes == 16:
         steps.append(([*range(8), *range(16, 24)], [*range(8, 16), *range(24, 32)]))
-        even, odd = (
-            [quad + i for quad in places for i in range(4)] for places in ((0, 8, 16, 24), (4, 12, 20, 28))
-        )
+        even, odd = ([quad + i for quad in places for i in range(4)] for places in ((0, 8, 16, 24), (4, 12, 20, 28)))
         steps.append((even, odd))
     for low_mask, high_mask in steps:
         merged = []

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operators inside torch: opcheck, torch.compile(fullgraph=True), torch.export."""
+
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+import neuron_paged.ops  # noqa: F401
+
+OPS = torch.ops.neuron_paged
+FP8 = torch.float8_e4m3fn
+COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+NEEDS_COMPILER = pytest.mark.skipif(COMPILER is None, reason="inductor needs a C++ compiler, none on PATH")
+BACKENDS = ["aot_eager", pytest.param("inductor", marks=[NEEDS_COMPILER, pytest.mark.slow])]
+
+
+def ints(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def sample_calls():
+    query, key, cache = torch.randn(5, 9, 64), torch.randn(5, 3, 64), torch.randn(8, 3, 2, 16, 64)
+    table, slots = ints([1, 2, 3], [4, 5, 6]), ints(16, 17, 0, 80, 81)
+    fp8 = cache.to(FP8)
+    scales = {"k_scale": torch.tensor([0.5, 1.0, 2.0]), "v_scale": torch.tensor([1.0, 0.1, 3.0])}
+    extras = {"sliding_window": 9, "logits_soft_cap": 5.0, "sinks": torch.randn(9), "alibi_slopes": torch.rand(9)}
+    packed = ints(0, 2, 5)
+    return {
+        "decode": ("attention", (query[:2], cache, table, ints(40, 0)), {}),
+        "packed": ("attention", (query, cache, table, ints(40, 30), packed), extras),
+        "bf16": (
+            "attention",
+            (query.bfloat16(), cache.bfloat16(), table, ints(40, 30), packed),
+            {"softmax_scale": 2.0},
+        ),
+        "fp8": ("attention", (query.half(), fp8, table, ints(40, 30), packed), scales),
+        "write": ("reshape_and_cache", (key, -key, cache.clone(), slots), {}),
+        "write_fp8": ("reshape_and_cache", (key, -key, fp8.clone(), slots), scales),
+        "copy": ("copy_blocks", (cache.clone(), ints([1, 2], [2, 1])), {}),
+        "swap": ("swap_blocks", (cache, torch.zeros(4, 3, 2, 16, 64), ints([7, 0], [2, 3])), {}),
+        "rotary": ("rotary_embedding", (ints(0, 1, 2, 7, 9), query, key, torch.randn(10, 64)), {"interleaved": True}),
+    }
+
+
+@pytest.mark.parametrize("name", sample_calls())
+def test_opcheck(name):
+    op, args, kwargs = sample_calls()[name]
+    utilities = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if "fp8" in name:  # torch compares tensors with arithmetic it doesn't have for fp8 on the CPU
+        utilities.remove("test_schema")
+    results = torch.library.opcheck(getattr(OPS, op).default, args, kwargs, test_utils=utilities)
+    assert set(results.values()) == {"SUCCESS"}, results
+
+
+class Layer(nn.Module):
+    """One attention layer's use of all operators on a cache."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(48, (4 + 2 + 2) * 16)
+        self.register_buffer("cos_sin_cache", torch.randn(100, 16))
+
+    def forward(self, x, positions, cache, slots, table, context_lens, cu_seqlens_q, pairs):
+        OPS.copy_blocks(cache, pairs)
+        query, key, value = self.qkv(x).view(x.shape[0], 8, 16).split([4, 2, 2], dim=1)
+        query, key = OPS.rotary_embedding(positions, query, key, self.cos_sin_cache)
+        OPS.reshape_and_cache(key, value, cache, slots)
+        return OPS.attention(query, cache, table, context_lens, cu_seqlens_q, sliding_window=30) * 2
+
+
+def layer_inputs(num_tokens=5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    cache = torch.randn(8, 2, 2, 16, 16, generator=generator)
+    slots = torch.arange(20, 20 + num_tokens, dtype=torch.int32)
+    return (
+        torch.randn(num_tokens, 48, generator=generator),
+        torch.arange(4, 4 + num_tokens, dtype=torch.int32),
+        cache,
+        slots,
+        ints([1, 2, 3], [4, 5, 6]),
+        ints(4 + num_tokens - 1, 30),
+        ints(0, num_tokens - 1, num_tokens),
+        ints([6, 3], [4, 2]),
+    )
+
+
+@torch.inference_mode()
+def run_eagerly(layer, inputs):
+    inputs = [x.clone() for x in inputs]
+    return layer(*inputs), inputs[2]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_layer_equals_eager_and_mutates_the_cache(backend, dynamic):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    layer = Layer()
+    compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=dynamic)
+    for num_tokens in (5, 9):
+        inputs = layer_inputs(num_tokens)
+        expected, expected_cache = run_eagerly(layer, inputs)
+        with torch.inference_mode():
+            got = compiled(*inputs)
+        assert torch.allclose(got, expected, atol=1e-5)
+        assert torch.allclose(inputs[2], expected_cache, atol=1e-5)
+
+
+@pytest.mark.parametrize("functionalize", [False, True])
+def test_exported_layer_equals_eager_and_mutates_the_cache(functionalize):
+    torch.manual_seed(0)
+    layer = Layer().eval()
+    tokens = torch.export.Dim("num_tokens", min=2, max=64)
+    shapes = ({0: tokens}, {0: tokens}, None, {0: tokens}, None, None, None, None)
+    with torch.no_grad():
+        program = torch.export.export(layer, layer_inputs(), dynamic_shapes=shapes)
+    if functionalize:
+        program = program.run_decompositions()
+        targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+        assert any("auto_functionalized" in target for target in targets), targets
+    for num_tokens in (5, 11):
+        inputs = layer_inputs(num_tokens, seed=3)
+        expected, expected_cache = run_eagerly(layer, inputs)
+        with torch.no_grad():
+            got = program.module()(*inputs)
+        assert torch.allclose(got, expected, atol=1e-6)
+        assert torch.allclose(inputs[2], expected_cache, atol=1e-6)
+
+
+def test_meta_tensors_give_shapes_only():
+    query = torch.empty(5, 9, 64, dtype=torch.bfloat16, device="meta")
+    cache = torch.empty(8, 3, 2, 16, 64, dtype=torch.bfloat16, device="meta")
+    table, lens = (torch.empty(*size, dtype=torch.int32, device="meta") for size in ((5, 4), (5,)))
+    output = OPS.attention(query, cache, table, lens)
+    assert output.shape == query.shape and output.dtype == query.dtype and output.device.type == "meta"
