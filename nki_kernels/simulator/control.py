@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from .errors import DeadlockError, LawError, at_line
-from .machine import Core, Machine, Register, current, set_current
+from .machine import Core, Machine
+from .state import Register, current, set_current
 
 
 class Pair:

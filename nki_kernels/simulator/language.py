@@ -12,10 +12,11 @@ from . import dtypes, isa
 from . import language_math as _tiles
 from .control import dynamic_range, fori_loop, while_loop
 from .errors import LawError, at_line
-from .machine import current, current_or_none
 from .memory import PRIVATE_HBM, PSUM, SBUF, SHARED_HBM, MemoryRegion, check_shape
+from .objects import DynamicSlice, NKIObject
 from .ops import OPS
-from .tensor import DynamicSlice, NKIObject, NkiTensor
+from .state import current, current_or_none
+from .tensor import NkiTensor
 
 __all__ = [  # noqa: F822 - operators and dtypes are module attributes set below
     "DType",

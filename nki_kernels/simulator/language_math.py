@@ -7,9 +7,9 @@ import numpy as np
 
 from . import dtypes, isa
 from .errors import LawError, at_line
-from .machine import current
 from .memory import PSUM, SBUF, MemoryRegion
 from .ops import OPS, Op, set_tile_calls
+from .state import current
 from .tensor import NkiTensor
 
 PUBLIC = (

@@ -4,16 +4,14 @@
 `current()` is the core whose program is running; every `nl`/`nisa` call goes through it.
 """
 
-import threading
 import weakref
 from typing import Any
 
 import numpy as np
 
-from ..hardware import NUM_PARTITIONS, Generation, generation
+from ..hardware import Generation, generation
 from . import dtypes
 from .errors import (
-    KernelError,
     LawError,
     OutOfBoundsError,
     StrictError,
@@ -22,70 +20,12 @@ from .errors import (
 )
 from .events import Event, Operand, operand
 from .memory import MATMUL, OTHER, PSUM, SBUF, SHARED_HBM, MemoryRegion, Storage, check_tile, link_rivals
+from .state import Accumulators, Instruction, Register, current_or_none
 from .tensor import NkiTensor, ambiguity_hook
 from .views import contiguous_strides
 
 MAX_LOOP_ITERATIONS = 1_000_000
-_local = threading.local()
 Mask = np.ndarray | None
-
-
-class Register:
-    """VirtualRegister: a 32-bit value known only at run time."""
-
-    __slots__ = ("value", "written_by")
-
-    def __init__(self, value: int | None = None) -> None:
-        self.value = value
-        self.written_by = -1
-
-    def _refuse(self, use: str) -> TypeError:
-        return TypeError(
-            f"a register has no value while the kernel is traced: {use} is not possible{at_line()}. "
-            "Use nl.fori_loop / nl.while_loop, or scalar_offset=register."
-        )
-
-    def __bool__(self) -> bool:
-        core = getattr(_local, "core", None)
-        if core is not None and not core.machine.strict:
-            return bool(self.get())  # `while reg:` of the old parser front end
-        raise self._refuse("`if`/`while` on it")
-
-    def __int__(self) -> int:
-        raise self._refuse("int()")
-
-    __index__ = __int__
-
-    def get(self) -> int:
-        if self.value is None:
-            raise LawError(f"register used before register_move/register_load{at_line()}")
-        return self.value
-
-
-class Instruction:
-    """Handle of an issued instruction."""
-
-    __slots__ = ("index", "core")
-
-    def __init__(self, index: int, core: "Core") -> None:
-        self.index, self.core = index, core
-
-    def depends_on(self, *producers: "Instruction") -> "Instruction":
-        """Add scheduling dependencies on `producers`; the timeline waits for them."""
-        events = self.core.events
-        event = events[self.index]
-        events[self.index] = event._replace(after=event.after + tuple(p.index for p in producers))
-        return self
-
-
-class Accumulators:
-    """128 fp32 registers of one engine; `state` is idle-poisoned until a reset."""
-
-    __slots__ = ("values", "valid")
-
-    def __init__(self) -> None:
-        self.values = np.zeros(NUM_PARTITIONS, np.float32)
-        self.valid = False
 
 
 class Machine:
@@ -223,13 +163,14 @@ class Core:
             if mask is not None:
                 self.pending.append((mask, t))
         if t.storage.writers is not None:
-            self._check_race(t)
+            self.check_race(t)
         return t.array
 
     def load_fp32(self, t: NkiTensor) -> np.ndarray:
         return dtypes.to_fp32(self.load(t), t.dtype)
 
-    def _check_race(self, t: NkiTensor) -> None:
+    def check_race(self, t: NkiTensor) -> None:
+        """Reading what the other core wrote since the last barrier has no defined order."""
         _, _, lo, hi = t.region
         for core, epoch, begin, end in t.storage.writers or ():
             if core != self.index and epoch == self.epoch and begin < hi and lo < end:
@@ -283,9 +224,17 @@ class Core:
             self._clobber(t)
         if storage.psum_state is not None:
             self.psum_view(t)[...] = OTHER
-        if storage.writers is not None:
-            _, _, lo, hi = t.region
-            storage.writers.append((self.index, self.epoch, lo, hi))
+        if storage.writers is not None and self.machine.num_cores > 1:
+            self.note_writer(t)
+
+    def note_writer(self, t: NkiTensor) -> None:
+        """Remember which core wrote which part of a shared tensor since the last barrier."""
+        _, _, lo, hi = t.region
+        writers = t.storage.writers
+        assert writers is not None
+        if writers and writers[-1][1] != self.epoch:
+            writers.clear()
+        writers.append((self.index, self.epoch, lo, hi))
 
     def _clobber(self, t: NkiTensor) -> None:
         storage = t.storage
@@ -375,22 +324,6 @@ def shifted(t: NkiTensor, index: int, instruction: str) -> NkiTensor:
             f"{instruction}: scalar_offset {index} moves {t!r} outside its tensor of shape {t.storage.shape}{at_line()}"
         )
     return NkiTensor(t.storage, t.shape, t.strides, offset, t.dtype)
-
-
-def current() -> Core:
-    """The core whose program is running. KernelError outside a kernel."""
-    core = getattr(_local, "core", None)
-    if core is None:
-        raise KernelError(f"no kernel is running{at_line()}: call the @nki.jit function, or simulator.run(kernel, …)")
-    return core
-
-
-def current_or_none() -> Core | None:
-    return getattr(_local, "core", None)
-
-
-def set_current(core: Core | None) -> None:
-    _local.core = core
 
 
 def _ambiguous(message: str) -> None:

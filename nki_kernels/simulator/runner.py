@@ -13,10 +13,12 @@ from . import dtypes
 from .capacity import check_capacity
 from .control import run_programs
 from .errors import KernelError, LawError, PoisonError
-from .machine import MAX_LOOP_ITERATIONS, Core, Machine, current_or_none
+from .machine import MAX_LOOP_ITERATIONS, Core, Machine
 from .memory import SHARED_HBM, Storage
+from .objects import NKIObject
 from .report import Report, Result
-from .tensor import NKIObject, NkiTensor
+from .state import current_or_none
+from .tensor import NkiTensor
 from .views import contiguous_strides
 
 TARGET_VARIABLE = "NEURON_PLATFORM_TARGET_OVERRIDE"

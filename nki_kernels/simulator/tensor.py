@@ -14,46 +14,8 @@ import numpy as np
 from . import dtypes
 from .errors import LawError, OutOfBoundsError, at_line
 from .memory import MemoryRegion, Storage
+from .objects import DynamicSlice, Indirect, NKIObject
 from .views import contiguous_strides, merge_strides, parse_rearrange, reshape_strides, split_shape
-
-
-class NKIObject:
-    """Base of kernel-side records: keyword arguments become fields.
-
-    A class attribute without annotation counts as a field of a `@dataclass` subclass too, as NKI treats it.
-    """
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        own = cls.__dict__.get("__annotations__", {})
-        plain = (type(None), bool, int, float, str)
-        missing = {n: Any for n, v in vars(cls).items() if n[:2] != "__" and n not in own and isinstance(v, plain)}
-        if missing:
-            cls.__annotations__ = {**own, **missing}
-
-    def __init__(self, **kwargs: Any) -> None:
-        for key, value in kwargs.items():
-            setattr(self, key, value)
-
-
-class DynamicSlice:
-    """`nl.ds(start, size)`: `size` elements from `start` (int, register or scalar tile)."""
-
-    __slots__ = ("start", "size")
-
-    def __init__(self, start: Any, size: int) -> None:
-        self.start, self.size = start, size
-
-
-class Indirect:
-    """Run-time addressing of a view. `stride_bytes` scales the index; `rows` bounds it; kind is scalar or vector."""
-
-    __slots__ = ("kind", "index", "stride_bytes", "rows", "dim")
-
-    def __init__(self, kind: str, index: Any, stride_bytes: int, rows: int, dim: int) -> None:
-        self.kind, self.index, self.stride_bytes = kind, index, stride_bytes
-        self.rows, self.dim = rows, dim
-
 
 # Set by language.py: copies a value into a view for `tile[...] = value`.
 assign_hook: list[Callable[["NkiTensor", Any], None]] = []
@@ -122,7 +84,9 @@ class NkiTensor(NKIObject):
         """Bounding box (first partition, end partition, first byte, end byte); HBM uses partition 0."""
         if self._region is None:
             size = self.itemsize
-            if not self.storage.on_chip:
+            if self._vector:  # rows are known at run time only
+                self._region = (0, 1, 0, self.storage.nbytes)
+            elif not self.storage.on_chip:
                 span = sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True)) + 1
                 self._region = (0, 1, self.offset * size, (self.offset + span) * size)
             else:

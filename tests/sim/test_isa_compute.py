@@ -403,3 +403,22 @@ def test_exponential_on_v4():
     expected = np.exp(x.astype(np.float64) - top)
     np.testing.assert_allclose(result[:, 1:], expected, rtol=1e-5)
     np.testing.assert_allclose(result[:, 0], expected.sum(1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("command", ["reset", "load", "continue"])
+def test_tensor_scalar_cumulative(command):
+    x = np.random.default_rng(0).standard_normal((4, 12), dtype=np.float32)
+
+    def body(o, t):
+        common = dict(op0=nl.multiply, op1=nl.add, imm0=2.0)
+        if command == "continue":
+            nisa.tensor_scalar_cumulative(dst=o[:, 0:5], src=t[:, 0:5], **common)
+            nisa.tensor_scalar_cumulative(dst=o[:, 5:], src=t[:, 5:], reduce_cmd=nisa.reduce_cmd.reduce, **common)
+        elif command == "load":
+            nisa.tensor_scalar_cumulative(dst=o, src=t, imm1=3.0, reduce_cmd=nisa.reduce_cmd.load_reduce, **common)
+        else:
+            nisa.tensor_scalar_cumulative(dst=o, src=t, **common)
+
+    result = run(body, x, out_shape=(4, 12), out_dtype="float32", strict=True)
+    expected = np.cumsum(2.0 * x.astype(np.float64), axis=1) + (3.0 if command == "load" else 0.0)
+    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)

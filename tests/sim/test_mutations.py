@@ -8,7 +8,7 @@ import pytest
 from nki_kernels import simulator
 from nki_kernels.simulator import control, dtypes, machine, ops
 from nki_kernels.simulator import tensor as tensor_module
-from nki_kernels.simulator.isa import dma, gpsimd, scalar, select, tensor_engine, vector
+from nki_kernels.simulator.isa import dma, dma_rows, gpsimd, scalar, select, tensor_engine, vector
 from nki_kernels.toolchain import nisa, nl
 
 BF16 = ml_dtypes.bfloat16
@@ -232,7 +232,7 @@ def _always_add(core, dst, product, accumulate, mask):
     return np.nan_to_num(dst.array) + product, mask
 
 
-class _PatternStrideRows(dma.Rows):
+class _PatternStrideRows(dma_rows.Rows):
     """Row stride from the pattern instead of the tensor."""
 
     def __init__(self, core, instruction, t, *args, **kwargs):
@@ -240,7 +240,7 @@ class _PatternStrideRows(dma.Rows):
         super().__init__(core, instruction, t, *args, **kwargs)
 
 
-class _ClampRows(dma.Rows):
+class _ClampRows(dma_rows.Rows):
     """Out-of-bounds indices clamp to the last row instead of skipping."""
 
     def __init__(self, *args, **kwargs):
@@ -249,7 +249,7 @@ class _ClampRows(dma.Rows):
         self.valid[:] = True
 
 
-class _RowMajorRows(dma.Rows):
+class _RowMajorRows(dma_rows.Rows):
     """Index tiles flattened row-major in gather-transposes."""
 
     def __init__(self, core, instruction, t, oob, transpose=False):
@@ -263,7 +263,7 @@ def _gather_zero_fill(core, dst, src, oob):
     return _gather(core, dst, src, oob)
 
 
-_gather = dma._gather
+_gather = dma.gather
 _from_fp32 = dtypes.from_fp32
 _round_result = vector.apply_scalar_op
 
@@ -335,17 +335,17 @@ def _first_hit(row, wanted, descending):
 MUTATIONS = {
     "psum always overwritten": (tensor_engine, "_accumulate", _always_overwrite, check_tiled_matmul),
     "psum always accumulated": (tensor_engine, "_accumulate", _always_add, check_psum_reuse),
-    "row stride from the pattern": (dma, "Rows", _PatternStrideRows, check_cache_update),
-    "out of bounds clamps in a scatter": (dma, "Rows", _ClampRows, check_cache_update),
-    "out of bounds clamps in a gather": (dma, "Rows", _ClampRows, check_gather_skip_keeps_tile),
-    "skipped gather rows become zero": (dma, "_gather", _gather_zero_fill, check_gather_skip_keeps_tile),
+    "row stride from the pattern": (dma_rows, "Rows", _PatternStrideRows, check_cache_update),
+    "out of bounds clamps in a scatter": (dma_rows, "Rows", _ClampRows, check_cache_update),
+    "out of bounds clamps in a gather": (dma_rows, "Rows", _ClampRows, check_gather_skip_keeps_tile),
+    "skipped gather rows become zero": (dma, "gather", _gather_zero_fill, check_gather_skip_keeps_tile),
     "scalar offset bounded by its dimension": (machine, "shifted", _bound_by_dimension, check_scalar_offset_by_slot),
     "float to int truncates": (dtypes, "from_fp32", _truncate, check_rounding),
     "float to int wraps": (dtypes, "from_fp32", _wrap, check_rounding),
     "bf16 truncates": (dtypes, "from_fp32", _bf16_truncate, check_rounding),
     "rounding between fused operators": (vector, "apply_scalar_op", _rounded_between, check_fp32_inside_an_instruction),
     "accumulator never reset": (scalar, "_accumulate", _never_reset, check_activation_order),
-    "gather-transpose indices row-major": (dma, "Rows", _RowMajorRows, check_indirect_transpose),
+    "gather-transpose indices row-major": (dma_rows, "Rows", _RowMajorRows, check_indirect_transpose),
     "iota pattern reversed": (gpsimd, "_affine", _transposed_affine, check_affine_direction),
     "duplicates find the first position": (select, "_find_each", _first_hit, check_find_index),
     "fresh memory counts as written": (machine.Core, "invalid", _no_poison, check_fresh_memory_is_poisoned),

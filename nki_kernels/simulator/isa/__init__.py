@@ -6,8 +6,8 @@ from typing import Any
 
 from ..errors import LawError as NkiValidationError
 from ..errors import NotImplementedInstructionError, at_line
-from ..machine import Instruction as NkiInstruction
-from ..machine import Register as VirtualRegister
+from ..state import Instruction as NkiInstruction
+from ..state import Register as VirtualRegister
 from . import enums as constants
 from .cores import core_barrier, sendrecv
 from .dma import dma_compute, dma_copy, dma_transpose
@@ -30,6 +30,7 @@ from .enums import (
 from .gpsimd import affine_select, iota, local_gather, nc_n_gather, nonzero_with_count, tensor_partition_reduce
 from .registers import register_alloc, register_load, register_move, register_store
 from .scalar import activate2, activation, activation_reduce
+from .scan import tensor_scalar_cumulative, tensor_tensor_scan
 from .select import (
     bn_aggr,
     bn_stats,
@@ -42,7 +43,6 @@ from .select import (
     reciprocal,
     select_reduce,
     tensor_copy_predicated,
-    tensor_tensor_scan,
 )
 from .tensor_engine import nc_matmul, nc_transpose
 from .vector import (
@@ -108,6 +108,7 @@ __all__ = [
     "tensor_partition_reduce",
     "tensor_reduce",
     "tensor_scalar",
+    "tensor_scalar_cumulative",
     "tensor_scalar_reduce",
     "tensor_tensor",
     "tensor_tensor_scan",

@@ -6,8 +6,9 @@ from typing import Any
 from .. import law
 from ..control import meet
 from ..errors import law as law_error
-from ..machine import Core, Instruction, current
+from ..machine import Core
 from ..memory import SBUF, SHARED_HBM
+from ..state import Instruction, current
 from ..tensor import NkiTensor
 from .enums import dma_engine as DmaEngine
 from .enums import engine as Engine

@@ -4,63 +4,23 @@
 Execution is row-major over equal element counts; dtype conversion goes through fp32.
 """
 
-import math
 from typing import Any
 
 import numpy as np
 
 from .. import dtypes, law, ops
-from ..errors import LawError, OutOfBoundsError, at_line
 from ..errors import law as law_error
-from ..machine import Core, Instruction, Mask, Register, current
+from ..machine import Core
 from ..memory import PSUM, SBUF
+from ..state import Instruction, Register, current
 from ..tensor import NkiTensor
+from .dma_rows import gather, gather_add, gather_transpose, scatter, scatter_add
 from .enums import dge_mode as DgeMode
 from .enums import engine as Engine
 from .enums import member
 from .enums import oob_mode as OobMode
 
 TRANSPOSE_AXES = {2: (1, 0), 3: (2, 1, 0), 4: (3, 1, 2, 0)}
-
-
-class Rows:
-    """A vector-addressed side resolved to rows: which are in bounds, and a view [rows, …] of the target."""
-
-    __slots__ = ("indices", "valid", "table", "poison", "tensor", "index")
-
-    def __init__(self, core: Core, instruction: str, t: NkiTensor, oob: Any, transpose: bool = False) -> None:
-        ind = t.indirection
-        assert ind is not None
-        self.tensor = t
-        index = ind.index
-        if transpose:
-            self.index = law.tensor(instruction, "vector_offset", index)
-            flat = core.load(self.index)
-            flat = flat.reshape(flat.shape[0], -1).T.reshape(-1)[: t.shape[0]]
-        else:
-            self.index = law.index_tile(instruction, index, t.shape[0])
-            flat = core.load(self.index).reshape(-1)
-        if core.pending:
-            raise LawError(f"{instruction}: vector_offset: {self.index!r} was never written{at_line()}")
-        self.indices = flat.astype(np.int64)
-        size, storage = t.itemsize, t.storage
-        inner = sum((n - 1) * s for n, s in zip(t.shape[1:], t.strides[1:], strict=True)) + 1
-        room = storage.nbytes - (t.offset + inner) * size
-        rows = min(ind.rows, room // ind.stride_bytes + 1) if room >= 0 else 0
-        self.valid = (self.indices >= 0) & (self.indices < rows)
-        if not self.valid.all() and oob is not OobMode.skip:
-            bad = int(np.flatnonzero(~self.valid)[0])
-            raise OutOfBoundsError(
-                f"{instruction}: vector_offset: index {int(flat[bad])} of partition {bad} leaves the {rows} rows of "
-                f"{t!r}{at_line()}. Use oob_mode.skip to drop such rows."
-            )
-        shape = (max(rows, 1), *t.shape[1:])
-        strides = (ind.stride_bytes, *(s * size for s in t.strides[1:]))
-        self.table = np.ndarray(shape, dtypes.to_numpy(t.dtype), storage.data, t.offset * size, strides)
-        self.poison: Mask = None
-        if storage.poison is not None and storage.unit == size:
-            row = (ind.stride_bytes // size, *t.strides[1:])
-            self.poison = np.ndarray(shape, np.bool_, storage.poison.view(np.uint8), t.offset, row)
 
 
 def _endpoint(instruction: str, operand: str, t: Any) -> NkiTensor:
@@ -129,11 +89,11 @@ def dma_copy(
         raise law_error("dma_copy", "vector_offset", "only one side may have one")
     if src_vector:
         dst = core.resolve(dst, "dma_copy")
-        detail = _gather(core, dst, src, oob_mode)
+        detail = gather(core, dst, src, oob_mode)
     elif dst_vector:
         if src.buffer is not SBUF:
             raise law_error("dma_copy", "src", f"{src!r}: the source of a vector scatter must be in SBUF")
-        detail = _scatter(core, dst, core.resolve(src, "dma_copy"), oob_mode)
+        detail = scatter(core, dst, core.resolve(src, "dma_copy"), oob_mode)
     else:
         dst, src, detail = _plain_sides(core, dst, src, oob_mode)
         reads = (src,)
@@ -188,71 +148,6 @@ def _copy(core: Core, dst: NkiTensor, src: NkiTensor) -> None:
     core.store(dst, raw if dst.dtype == src.dtype else dtypes.cast(raw, src.dtype, dst.dtype))
 
 
-def _one_run(core: Core, instruction: str, t: NkiTensor) -> None:
-    """One contiguous row per index is what is known to work."""
-    expected = 1
-    for n, s in zip(reversed(t.shape[1:]), reversed(t.strides[1:]), strict=True):
-        if n != 1 and s != expected:
-            core.machine.ambiguous(f"{instruction}: vector_offset: {t!r} reads more than one run per index")
-            return
-        expected *= n
-
-
-def _gather(core: Core, dst: NkiTensor, src: NkiTensor, oob: Any) -> dict[str, Any]:
-    _one_run(core, "dma_copy", src)
-    rows = Rows(core, "dma_copy", src, oob)
-    valid, p = rows.valid, src.shape[0]
-    picked = rows.table[rows.indices[valid]]
-    if dst.dtype != src.dtype:
-        picked = dtypes.cast(picked, src.dtype, dst.dtype)
-    if valid.all() and rows.poison is None:
-        core.store(dst, picked)
-    else:
-        old = core.invalid(dst)
-        mask = np.zeros((p, dst.size // p), bool) if old is None else old.reshape(p, -1).copy()
-        mask[valid] = False if rows.poison is None else rows.poison[rows.indices[valid]].reshape(len(picked), -1)
-        if dst.shape[0] == p:
-            out = dst.array.copy()
-            out[valid] = picked.reshape((len(picked), *dst.shape[1:]))
-        else:
-            out = dst.array.reshape(p, -1).copy()
-            out[valid] = picked.reshape(len(picked), -1)
-        core.store(dst, out, mask.reshape(dst.shape))
-    return {"descriptors": int(valid.sum()), "row_bytes": src.size // p * src.itemsize, "rows": p}
-
-
-def _scatter(core: Core, dst: NkiTensor, src: NkiTensor, oob: Any) -> dict[str, Any]:
-    _one_run(core, "dma_copy", dst)
-    rows = Rows(core, "dma_copy", dst, oob)
-    valid, p = rows.valid, dst.shape[0]
-    target = rows.indices[valid]
-    law.unique_rows("dma_copy", target)
-    values = core.load(src)
-    poison = core.invalid(src)
-    values = values.reshape((p, *dst.shape[1:]))
-    if dst.dtype != src.dtype:
-        values = dtypes.cast(values, src.dtype, dst.dtype)
-    rows.table[target] = values[valid]
-    _scattered(core, rows, dst, target, None if poison is None else poison.reshape((p, *dst.shape[1:]))[valid])
-    return {"descriptors": int(valid.sum()), "row_bytes": dst.size // p * dst.itemsize, "rows": p}
-
-
-def _scattered(core: Core, rows: Rows, dst: NkiTensor, target: np.ndarray, poison: Mask) -> None:
-    """Bookkeeping of rows written by a scatter."""
-    core.pending.clear()
-    storage = dst.storage
-    if poison is not None and poison.any():
-        core.machine.note("reads memory that was never written")
-        if storage.poison is None:
-            storage.poison = np.zeros(storage.nbytes // storage.unit, dtype=bool)
-            row = (dst.indirection.stride_bytes // dst.itemsize, *dst.strides[1:])  # type: ignore[union-attr]
-            rows.poison = np.ndarray(rows.table.shape, np.bool_, storage.poison.view(np.uint8), dst.offset, row)
-    if rows.poison is not None:
-        rows.poison[target] = False if poison is None else poison
-    if storage.writers is not None:
-        storage.writers.append((core.index, core.epoch, 0, storage.nbytes))
-
-
 def dma_transpose(
     dst: NkiTensor,
     src: NkiTensor,
@@ -293,7 +188,7 @@ def dma_transpose(
     if indirect:
         if dge_mode not in (DgeMode.unknown, DgeMode.swdge):
             raise law_error(what, "dge_mode", "indirect transposes run through swdge only")
-        detail |= _gather_transpose(core, dst, src, order, oob_mode)
+        detail |= gather_transpose(core, dst, src, order, oob_mode)
         mode = "swdge"
         reads = (src, src.indirection.index)  # type: ignore[union-attr]
     else:
@@ -314,52 +209,6 @@ def _hwdge_transpose(src: NkiTensor) -> None:
     legal = rows == 16 if src.ndim == 2 else rows in (1, 2, 4, 8, 16) and rows * src.shape[-2] % 16 == 0
     if not legal or last > 128 or src.itemsize != 2:
         raise law_error("dma_transpose", "src", f"{src!r}: hwdge needs 2-byte, last dim <= 128, 16 rows")
-
-
-def _gather_transpose(core: Core, dst: NkiTensor, src: NkiTensor, order: tuple[int, ...], oob: Any) -> dict[str, Any]:
-    what = "dma_transpose"
-    law.generation_at_least(core, f"{what}(indirect)", 3)
-    index = law.tensor(what, "vector_offset", src.indirection.index)  # type: ignore[union-attr]
-    n = src.shape[0]
-    problems = (
-        (src.ndim == 4 and 1 not in src.shape[1:3], "src", f"{src.shape}: dim 1 or dim 2 must be 1"),
-        (src.shape[-1] > 128, "src", f"last dim {src.shape[-1]} exceeds 128"),
-        (src.itemsize != 2, "src", f"dtype {src.dtype}: 2-byte types only"),
-        (src.on_chip, "src", "must be in HBM"),
-        (n % 16 != 0, "src", f"{n} rows, need a multiple of 16"),
-        (index.dtype not in law.INDEX_DTYPES, "vector_offset", f"dtype {index.dtype}, need uint32"),
-        (index.buffer is not SBUF or index.ndim != 2, "vector_offset", f"{index!r}: need a 2-D SBUF tile"),
-        (
-            index.shape[0] % 16 != 0 or not 16 <= index.shape[0] <= 128,
-            "vector_offset",
-            f"{index.shape[0]} partitions, need a multiple of 16 up to 128",
-        ),
-        (
-            index.free_size > 1 and index.shape[0] != 128,
-            "vector_offset",
-            f"{index.shape}: several columns need 128 rows",
-        ),
-        (index.size < n, "vector_offset", f"{index.size} indices for {n} rows"),
-    )
-    for bad, operand, problem in problems:
-        if bad:
-            raise law_error(what, operand, problem)
-    if oob is OobMode.skip:
-        core.machine.ambiguous(f"{what}: oob_mode: skip with mixed indices hangs trn2/trn3 devices")
-    rows = Rows(core, what, src, oob, transpose=True)
-    picked = rows.table[rows.indices[rows.valid]]
-    if rows.valid.all():
-        poison = None if rows.poison is None else rows.poison[rows.indices].transpose(order)
-        core.store(dst, np.ascontiguousarray(picked.transpose(order)), poison)
-    else:
-        old = core.invalid(dst)
-        back = tuple(np.argsort(order))
-        out = dst.array.transpose(back).copy()
-        out[rows.valid] = picked
-        mask = np.zeros(out.shape, bool) if old is None else old.transpose(back).copy()
-        mask[rows.valid] = False if rows.poison is None else rows.poison[rows.indices[rows.valid]]
-        core.store(dst, np.ascontiguousarray(out.transpose(order)), np.ascontiguousarray(mask.transpose(order)))
-    return {"descriptors": int(rows.valid.sum()), "row_bytes": src.size // n * src.itemsize, "rows": n}
 
 
 def dma_compute(
@@ -394,29 +243,9 @@ def dma_compute(
         raise law_error(what, "srcs", "indirect dma_compute needs exactly 2 srcs and unique_indices=True")
     elif dst in vectors:
         data = next(s for s in srcs if s.indirection is None)
-        detail = _scatter_add(core, dst, data, oob_mode)
+        detail = scatter_add(core, dst, data, oob_mode)
     else:
-        detail = _gather_add(core, dst, vectors[0], oob_mode)
+        detail = gather_add(core, dst, vectors[0], oob_mode)
     mode = "swdge" if vectors else "static"
     reads = tuple(s for s in srcs)
     return core.record(what, "dma", (dst,), reads, name, mode=mode, **detail)
-
-
-def _scatter_add(core: Core, dst: NkiTensor, data: NkiTensor, oob: Any) -> dict[str, Any]:
-    rows = Rows(core, "dma_compute", dst, oob)
-    target, p = rows.indices[rows.valid], dst.shape[0]
-    law.unique_rows("dma_compute", target)
-    add = core.load_fp32(data).reshape((p, *dst.shape[1:]))[rows.valid]
-    rows.table[target] = dtypes.from_fp32(dtypes.to_fp32(rows.table[target], dst.dtype) + add, dst.dtype)
-    _scattered(core, rows, dst, target, None if rows.poison is None else rows.poison[target])
-    return {"descriptors": 2 * len(target), "row_bytes": dst.size // p * dst.itemsize, "rows": p}
-
-
-def _gather_add(core: Core, dst: NkiTensor, src: NkiTensor, oob: Any) -> dict[str, Any]:
-    rows = Rows(core, "dma_compute", src, oob)
-    p = src.shape[0]
-    out = core.load_fp32(dst).reshape(p, -1).copy()
-    picked = dtypes.to_fp32(rows.table[rows.indices[rows.valid]], src.dtype)
-    out[rows.valid] += picked.reshape(len(picked), -1)
-    core.store_fp32(dst, out)
-    return {"descriptors": int(rows.valid.sum()), "row_bytes": math.prod(src.shape[1:]) * src.itemsize, "rows": p}

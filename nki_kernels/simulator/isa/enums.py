@@ -5,7 +5,7 @@ from enum import Enum, IntEnum
 from typing import Any
 
 from ..errors import law
-from ..machine import current, current_or_none
+from ..state import current, current_or_none
 
 
 class engine(Enum):

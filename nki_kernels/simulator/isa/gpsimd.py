@@ -7,8 +7,8 @@ import numpy as np
 
 from .. import dtypes, law, ops
 from ..errors import law as law_error
-from ..machine import Instruction, current
 from ..memory import SBUF
+from ..state import Instruction, current
 from ..tensor import NkiTensor
 from .vector import ERRSTATE
 

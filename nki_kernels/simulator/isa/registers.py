@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import law as law_error
-from ..machine import Register, current
 from ..memory import PSUM, SBUF
+from ..state import Register, current
 from ..tensor import NkiTensor
 
 

@@ -7,7 +7,8 @@ import numpy as np
 
 from .. import law, ops
 from ..errors import law as law_error
-from ..machine import Core, Instruction, current
+from ..machine import Core
+from ..state import Instruction, current
 from ..tensor import NkiTensor
 from .enums import reduce_cmd as ReduceCmd
 from .vector import ERRSTATE, row_poison, scalar_value, store_reduction

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VectorE instructions that select, scan, search or shuffle."""
+"""VectorE instructions that select, search or shuffle."""
 
 from typing import Any
 
@@ -7,7 +7,8 @@ import numpy as np
 
 from .. import dtypes, law, ops
 from ..errors import law as law_error
-from ..machine import Core, Instruction, current
+from ..machine import Core
+from ..state import Instruction, current
 from ..tensor import NkiTensor
 from .enums import reduce_cmd as ReduceCmd
 from .vector import ERRSTATE, accumulate_rows, row_poison, scalar_value, store_reduction
@@ -150,47 +151,6 @@ def range_select(
     out = np.where(keep, x, np.float32(FP32_MIN)).reshape(dst.shape)
     writes = _select_store(core, what, dst, out, reduce_res, reduce_cmd, reduce_op)
     return core.record(what, "vector", writes, (data, bound0, bound1), name)
-
-
-def tensor_tensor_scan(
-    dst: NkiTensor,
-    data0: NkiTensor,
-    data1: NkiTensor,
-    initial: Any,
-    op0: Any,
-    op1: Any,
-    reverse0: bool = False,
-    reverse1: bool = False,
-    name: str | None = None,
-) -> Instruction:
-    """r[i] = op1(op0(data0[i], r[i-1]), data1[i]) along the free axis, r[-1] = initial."""
-    core = current()
-    what = "tensor_tensor_scan"
-    first = law.operator(what, ops.resolve(op0, what, "op0"), "arith", "op0")
-    second = law.operator(what, ops.resolve(op1, what, "op1"), "arith", "op1")
-    dst = law.tile(core, what, "dst", dst)
-    a = law.tile(core, what, "data0", data0)
-    b = law.tile(core, what, "data1", data1)
-    law.writable(what, "dst", dst)
-    law.same_shape(what, dst, data0=a, data1=b)
-    law.not_both_psum(what, a, b, "data0, data1")
-    p, n = a.shape[0], a.free_size
-    start = law.per_partition(core, what, "initial", initial, p, any_float=True)
-    x, y = core.load_fp32(a).reshape(p, n), core.load_fp32(b).reshape(p, n)
-    out = np.empty((n, p), np.float32)
-    state = np.broadcast_to(scalar_value(core, start, (p, 1)), (p, 1)).reshape(p).astype(np.float32)
-    xt, yt = np.ascontiguousarray(x.T), np.ascontiguousarray(y.T)
-    f, g = first.fn, second.fn
-    with np.errstate(**ERRSTATE):
-        for i in range(n):
-            step = f(state, xt[i]) if reverse0 else f(xt[i], state)
-            state = g(yt[i], step) if reverse1 else g(step, yt[i])
-            out[i] = state
-    poison = row_poison(core, p)
-    mask = None if poison is None else np.broadcast_to(poison[:, None], (p, n)).reshape(dst.shape)
-    core.store_fp32(dst, np.ascontiguousarray(out.T), mask)
-    reads = (a, b, *((start,) if isinstance(start, NkiTensor) else ()))
-    return core.record(what, "vector", (dst,), reads, name)
 
 
 def nc_stream_shuffle(dst: NkiTensor, src: NkiTensor, shuffle_mask: Any, name: str | None = None) -> Instruction:

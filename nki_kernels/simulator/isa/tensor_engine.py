@@ -8,8 +8,9 @@ import numpy as np
 from ...hardware import NUM_PARTITIONS as PMAX
 from .. import dtypes, law
 from ..errors import law as law_error
-from ..machine import Core, Instruction, Mask, current
+from ..machine import Core, Mask
 from ..memory import MATMUL, OTHER, PSUM, SBUF
+from ..state import Instruction, current
 from ..tensor import NkiTensor
 from .enums import engine as Engine
 from .enums import matmul_perf_mode, pick

@@ -7,9 +7,10 @@ import numpy as np
 
 from .. import dtypes, law, ops
 from ..errors import law as law_error
-from ..machine import Core, Instruction, current
+from ..machine import Core
 from ..memory import PSUM, SBUF
 from ..ops import Op
+from ..state import Instruction, current
 from ..tensor import NkiTensor
 from .enums import engine as Engine
 from .enums import member, pick, reduce_cmd
