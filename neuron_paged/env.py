@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every environment variable this project reads, and the only place that reads them.
+"""Every environment variable this project reads or sets, and the only place that does.
 
 Values are read when asked for, never at import, so that a program may set them before its first call.
 """
@@ -34,3 +34,8 @@ def reported_variables() -> dict[str, str]:
             secret = any(word in name for word in _SECRET_WORDS)
             shown[name] = "(set, not shown)" if secret else os.environ[name]
     return shown
+
+
+def silence_profiler_log() -> None:
+    """Keep torch's profiler from writing a line to stderr per start and stop. Works only before torch is imported."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")

@@ -13,6 +13,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source .ci/venv.sh
 ensure_venv "$venv" dev || exit 2
 
+# Threads that wait for work sleep instead of spinning: on a busy machine spinning makes torch many times slower.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+
 summary=()
 failed=0
 lane() {

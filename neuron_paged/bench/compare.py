@@ -4,6 +4,7 @@
 import json
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -60,10 +61,12 @@ class Peer:
         """settings: threads, max_num_seqs, max_num_batched_tokens, max_model_len. Raises PeerError."""
         self.spec = spec
         threads = str(settings["threads"])
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # peers are talkative
         self._process = subprocess.Popen(
             [spec.python, str(CHILD)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=self._log,
             text=True,
             encoding="utf-8",
             env=child_environment(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, TOKENIZERS_PARALLELISM="false"),
@@ -88,10 +91,18 @@ class Peer:
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""
-        reply = json.loads(line) if line else {"error": f"its process ended with code {self._process.wait()}"}
+        if line:
+            reply = json.loads(line)
+        else:
+            reply = {"error": f"its process ended with code {self._process.wait()}: {self._last_line()}"}
         if "error" in reply:
             raise PeerError(f"--compare: {self.spec.name} failed: {reply['error']}")
         return reply
+
+    def _last_line(self) -> str:
+        self._log.seek(0)
+        lines = [line.strip() for line in self._log if line.strip()]
+        return lines[-1] if lines else "no message"
 
     def close(self) -> None:
         """End the child process."""
@@ -105,6 +116,7 @@ class Peer:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._log.close()
 
     def __enter__(self) -> "Peer":
         return self

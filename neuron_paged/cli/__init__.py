@@ -8,6 +8,7 @@ of our output went away.
 """
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -114,6 +115,9 @@ def _run(argv: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: this process's arguments) and return the exit code."""
     previous = signal.signal(signal.SIGTERM, _on_sigterm)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a model's text must not break a terminal that is not UTF-8
+            stream.reconfigure(errors="replace")
     try:
         return _run(sys.argv[1:] if argv is None else argv)
     finally:

@@ -30,7 +30,7 @@ _SAMPLING_NUMBERS: dict[str, tuple[type, str, str]] = {
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """--model, --dtype, --weight-dtype."""
+    """--model and --dtype."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -40,11 +40,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "on the Hugging Face hub (default: demo)",
     )
     group.add_argument("--dtype", choices=MODEL_DTYPES, default="auto", help="arithmetic (default: auto)")
-    group.add_argument(
-        "--weight-dtype",
-        choices=("fp32", "bf16", "fp16"),
-        help="store weights at this width, arithmetic stays --dtype (default: like --dtype)",
-    )
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:

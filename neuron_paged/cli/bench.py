@@ -20,6 +20,7 @@ from neuron_paged.cli.bench_report import (
     throughput_report,
 )
 from neuron_paged.cli.output import STDOUT, check_json_target, write_json
+from neuron_paged.env import silence_profiler_log
 from neuron_paged.errors import InvalidRequestError
 
 
@@ -108,6 +109,7 @@ def _throughput(args: argparse.Namespace, progress: bool) -> dict[str, Any]:
     from neuron_paged.bench.compare import PeerSpec
 
     peers = [PeerSpec.parse(text) for text in args.compare]
+    silence_profiler_log()
 
     from neuron_paged.bench.throughput import ThroughputPlan, run_throughput
     from neuron_paged.bench.workload import uniform_workload

@@ -120,11 +120,11 @@ def engine_report(results: dict[str, Any]) -> str:
     """Table and verdicts of `bench engine`."""
     phases = ("schedule", "build", "postprocess")
     rows = [
-        [str(row["num_seqs"]), row["host_ms"], *(row["phases_ms"][name] for name in phases),
+        [str(row["num_seqs"]), row["host_ms"], row["host_p99_ms"], *(row["phases_ms"][name] for name in phases),
          row["host_ms"] / row["num_seqs"] * 1e3]
         for row in results["steps"]
     ]  # fmt: skip
-    header = ["running sequences", "ms per step", *phases, "us per sequence"]
+    header = ["running sequences", "ms per step", "p99", *phases, "us per sequence"]
     lines = [f"engine without a model, decoding ({MEASURED}: {_machine()})", "", table(header, rows), ""]
     fit = results["linear_fit"]
     if fit is not None:

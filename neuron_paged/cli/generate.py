@@ -30,7 +30,7 @@ from neuron_paged.errors import InvalidRequestError
 if TYPE_CHECKING:
     from neuron_paged.engine.llm import LLM
     from neuron_paged.engine.outputs import RequestOutput
-    from neuron_paged.engine.prompts import TextPrompt, TokensPrompt
+    from neuron_paged.engine.prompts import Prompt as EnginePrompt
     from neuron_paged.engine.sampling import SamplingParams
 
 DEFAULT_MAX_TOKENS = 256
@@ -86,17 +86,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _render(llm: "LLM", prompt: Prompt, args: argparse.Namespace) -> "str | TextPrompt | TokensPrompt":
+def _render(llm: "LLM", prompt: Prompt, args: argparse.Namespace) -> "EnginePrompt":
     """What the engine gets: token ids of a chat, or the bare text."""
     if prompt.messages is not None:
         if args.raw:
             raise InvalidRequestError("--raw: the prompts file has `messages`, which need a chat template.")
-        return llm.render_chat(prompt.messages)  # type: ignore[return-value]
+        return llm.render_chat(prompt.messages)
     assert prompt.text is not None
     tokenizer = llm.get_tokenizer()
     has_template = tokenizer is not None and bool(tokenizer.chat_template)
     if args.chat or (has_template and not args.raw):
-        return llm.render_chat([{"role": "user", "content": prompt.text}])  # type: ignore[return-value]
+        return llm.render_chat([{"role": "user", "content": prompt.text}])
     return prompt.text
 
 
@@ -166,19 +166,38 @@ def _statistics(llm: "LLM", outputs: list["RequestOutput"], seconds: float, num_
         "output_tokens_per_s": num_output / seconds,
         "mean_time_to_first_token_s": sum(first) / len(first) if first else None,
         "num_threads": num_threads,
-        "block_size": llm.engine.config.cache.block_size,
+        "kv_cache": _kv_cache(llm),
         "engine": llm.engine.metrics.snapshot(),
     }
 
 
+def _kv_cache(llm: "LLM") -> dict[str, Any]:
+    """Size and most use of the KV cache, in blocks without the null block, token slots and bytes."""
+    config, metrics = llm.engine.config, llm.engine.metrics
+    num_bytes = sum(cache.nbytes for cache in getattr(llm.engine.executor, "kv_caches", ()))
+    block_size, used = config.cache.block_size, metrics.max_used_blocks
+    return {
+        "block_size": block_size,
+        "num_blocks": metrics.num_blocks,
+        "bytes": num_bytes,
+        "max_used_blocks": used,
+        "max_used_slots": used * block_size,
+        "max_used_bytes": num_bytes * used // (metrics.num_blocks + 1),
+        "slots_if_reserved_to_max_model_len": metrics.num_requests_received * config.scheduler.max_model_len,
+    }
+
+
 def _figures(statistics: dict[str, Any]) -> str:
-    first = statistics["mean_time_to_first_token_s"]
+    first, cache = statistics["mean_time_to_first_token_s"], statistics["kv_cache"]
     return (
         f"{statistics['num_requests']} request(s) in {statistics['seconds']:.2f} s: "
         f"{statistics['num_prompt_tokens']} prompt tokens ({statistics['num_cached_tokens']} from the prefix cache), "
         f"{statistics['num_output_tokens']} output tokens, {statistics['output_tokens_per_s']:.1f} output tokens/s"
         + ("" if first is None else f", first token after {first:.2f} s")
-        + f" (CPU, {statistics['num_threads']} threads)"
+        + f" (measured on CPU, {statistics['num_threads']} threads)\n"
+        f"KV cache: at most {cache['max_used_blocks']} of {cache['num_blocks']} blocks in use = "
+        f"{cache['max_used_slots']} token slots, {cache['max_used_bytes'] / 2**20:.1f} MiB; reserving max_model_len "
+        f"per request would have taken {cache['slots_if_reserved_to_max_model_len']} slots"
     )
 
 
