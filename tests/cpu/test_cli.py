@@ -305,6 +305,7 @@ def start_long_answer(tmp_path: Path) -> subprocess.Popen[bytes]:
         [sys.executable, "-m", "neuron_paged", "generate", "--prompt", "Tell me a long story.", "--max-tokens", "4000",
          "--ignore-eos", "--stream", "--json", str(tmp_path / "out.json"), *GREEDY],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, env=environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells ignore it for background jobs
     )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.read(1)
@@ -317,7 +318,10 @@ def start_long_answer(tmp_path: Path) -> subprocess.Popen[bytes]:
 def test_signal_ends_a_run_cleanly(number: signal.Signals, code: int, word: bytes, tmp_path: Path) -> None:
     process = start_long_answer(tmp_path)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=300)
+    try:
+        _, errors = process.communicate(timeout=300)
+    finally:
+        process.kill()
     assert process.returncode == code, errors
     assert errors.splitlines() == [b"neuron-paged: " + word]
     assert list(tmp_path.iterdir()) == []
