@@ -92,10 +92,10 @@ def test_admission_asks_for_present_tokens_not_for_the_longest_output():
     assert len(step(scheduler).scheduled) == 8
 
 
-def test_admission_counts_what_running_prefills_still_need():
+def test_admission_comes_after_the_running_prefills():
     scheduler = make_scheduler(num_blocks=12, max_num_batched_tokens=16)  # 11 usable, watermark 1
     add(scheduler, 64)  # 8 blocks, two of them in the first step
-    waiting = add(scheduler, 24)  # 3 blocks: with those still needed and the watermark one too many
+    waiting = add(scheduler, 24)  # 3 blocks, for which the first leaves no budget and then no room
     for _ in range(4):
         assert waiting not in [s for s, _, _ in rows(step(scheduler))]
     scheduler.check_integrity()
@@ -253,7 +253,7 @@ def test_swapped_prefill_takes_no_more_cached_blocks_than_it_had_computed():
     scheduler.finish(urgent, SequenceStatus.FINISHED_STOPPED)
     output = step(scheduler)
     assert (output.swap_in, rows(output)) == ([], [(first, 1, 1), (swapped, 8, 0)])
-    assert swapped.num_computed_tokens == 16
+    assert (swapped.num_computed_tokens, len(swapped.block_ids)) == (16, 2)
 
 
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
