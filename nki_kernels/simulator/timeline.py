@@ -35,7 +35,7 @@ class Timeline:
     generation: Generation
     spans: list[Span]
     total_ns: float
-    busy_ns: dict[str, float]  # per lane, of the busiest core
+    busy_ns: dict[str, float]  # per lane, of the busiest core; dma: of the busiest of its 16 engines
     dma_bytes: int
     hbm_bytes: int
     dma_descriptors: int
@@ -67,6 +67,7 @@ class Simulation:
         self.position: dict[tuple[int, str], int] = defaultdict(int)
         self.free: dict[tuple[int, str], float] = defaultdict(float)
         self.dma_free = [[0.0] * DMA_ENGINES_PER_CORE for _ in events]
+        self.dma_used = [[0.0] * DMA_ENGINES_PER_CORE for _ in events]
         self.dma_costs: dict[tuple[int, int], costs.DmaCost] = {}
         self.heap: list[tuple[float, int, int]] = []
         self.partners: dict[tuple[int, int], tuple[int, int]] = {}
@@ -152,17 +153,19 @@ class Simulation:
         partner = self.partners.get(key)
         if partner is not None:
             time = max(time, self.ready[partner])
-        return max(time, self._port_free(core, event))
+        return max(time, *(self.free[(core, port)] for port in self._ports(event)), 0.0)
 
-    def _port_free(self, core: int, event: Event) -> float:
+    def _ports(self, event: Event) -> tuple[str, ...]:
         """NeuronCore-v2: VectorE and ScalarE take turns at PSUM, VectorE and GpSimd at SBUF."""
-        port = self._port(event)
-        return self.free[(core, port)] if port else 0.0
-
-    def _port(self, event: Event) -> str:
-        if self.gen.version != 2 or event.engine not in ("vector", "scalar"):
-            return ""
-        return "psum port" if any(o.buffer == "psum" for o in (*event.reads, *event.writes)) else ""
+        if self.gen.version != 2 or event.engine not in ("vector", "scalar", "gpsimd"):
+            return ()
+        touched = {o.buffer for o in (*event.reads, *event.writes)}
+        ports = []
+        if "psum" in touched and event.engine != "gpsimd":
+            ports.append("psum port")
+        if "sbuf" in touched and event.engine != "scalar":
+            ports.append("sbuf port")
+        return tuple(ports)
 
     def _execute(self, key: tuple[int, int], start: float) -> None:
         core, number = key
@@ -177,8 +180,7 @@ class Simulation:
         if lane:
             self.free[(core, lane)] = lane_end
             self.position[(core, lane)] += 1
-        port = self._port(event)
-        if port:
+        for port in self._ports(event):
             self.free[(core, port)] = end
         self._release(key, event, end)
         if lane:
@@ -219,6 +221,7 @@ class Simulation:
         end = 0.0
         for e in cost.engines:
             free[e] = max(wanted, free[e]) + cost.busy
+            self.dma_used[core][e] += cost.busy
             end = max(end, free[e])
         if mode == "swdge":  # descriptors are consumed as they are written
             end = max(end, generated + self.gen.dma_fixed.value)
@@ -239,7 +242,8 @@ def simulate(events: list[list[Event]], gen: Generation, whole_tensors: bool = F
             if span.core == core:
                 lanes[span.lane].append((span.start, span.end))
         for lane, intervals in lanes.items():
-            busy[lane] = max(busy.get(lane, 0.0), _union(intervals))
+            used = max(simulation.dma_used[core]) if lane == "dma" else _union(intervals)
+            busy[lane] = max(busy.get(lane, 0.0), used)
     dma = simulation.dma_costs.values()
     flops = sum(
         2.0 * e.detail["k"] * e.detail["m"] * e.detail["n"]

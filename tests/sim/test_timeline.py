@@ -110,6 +110,34 @@ def test_swdge_figure_changes_gather_time():
     assert report.timeline.bytes_by_kind["gather"] == 8 * 128 * 512
 
 
+def test_small_descriptors_are_bound_by_their_generator():
+    def body(table):
+        idx = nl.ndarray((128, 1), dtype=nl.int32, buffer=nl.sbuf)
+        nisa.iota(dst=idx, pattern=[[0, 1]], offset=0, channel_multiplier=1)
+        outs = [nl.ndarray((128, 64), dtype=nl.uint8, buffer=nl.sbuf) for _ in range(4)]
+        for i in range(40):
+            source = table.ap([[64, 128], [1, 64]], vector_offset=idx, indirect_dim=0)
+            nisa.dma_copy(dst=outs[i % 4], src=source)
+
+    report = run(body, np.zeros((256, 64), np.uint8))
+    assert report.bound() == "gpsimd"
+    assert report.timeline.busy_ns["dma"] < report.timeline.busy_ns["gpsimd"]
+
+
+@pytest.mark.parametrize("target,serial", [("trn1", True), ("trn2", False)])
+def test_vector_and_scalar_take_turns_at_psum_on_v2(target, serial):
+    def body():
+        a, b = (nl.zeros((128, 512), dtype=nl.float32, buffer=nl.psum) for _ in range(2))
+        x, y = (nl.ndarray((128, 512), dtype=nl.float32, buffer=nl.sbuf) for _ in range(2))
+        for _ in range(8):
+            nisa.activation(dst=x, op=nl.copy, data=a)
+            nisa.tensor_copy(dst=y, src=b, engine=nisa.engine.vector)
+
+    report = run(body, target=target)
+    busy = report.timeline.busy_ns
+    assert (report.total_ns > 0.95 * (busy["scalar"] + busy["vector"])) == serial
+
+
 def test_unknown_figure_raises():
     report = run(chain(True))
     with pytest.raises(ValueError, match="unknown figure 'swdge'"):
