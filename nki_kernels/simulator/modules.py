@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from ..hardware import generation
-from . import isa, language
+from . import dtypes, isa, language
 from .errors import LawError
 from .runner import Kernel, default_target, launch, set_session_target
 from .tensor import NkiTensor
@@ -41,12 +41,11 @@ def _module(name: str, **attributes: Any) -> ModuleType:
 
 def nki_modules() -> dict[str, ModuleType]:
     """The modules that stand for the `nki` package, by import name."""
-    top = _module(
-        "nki", __path__=[], __version__="0.6.0", SIMULATED=True, jit=jit, simulate=simulate, dtype=str, trace=jit
-    )
+    top = _module("nki", __path__=[], __version__="0.6.0", SIMULATED=True, jit=jit, simulate=simulate, trace=jit)
     names = {
         "language": language,
         "isa": isa,
+        "dtype": _module("nki.dtype", **{name: name for name in dtypes.NAMES}),
         "collectives": _module("nki.collectives", ReplicaGroup=ReplicaGroup),
         "typing": _module("nki.typing", tensor=NkiTensor),
         "experimental": _module("nki.experimental", while_loop=language.while_loop),

@@ -3,6 +3,7 @@
 
 import dataclasses
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -124,11 +125,14 @@ class Arguments:
         self.bound: list[tuple[Storage, np.ndarray, str]] = []
         self._copies: list[tuple[np.ndarray, np.ndarray]] = []
         self._tensors: dict[int, NkiTensor] = {}
+        self._views: list[np.ndarray] = []
 
     def bind(self, value: Any, label: str) -> Any:
         """`value` with every numpy array inside replaced by a tensor over the same memory."""
         if isinstance(value, np.ndarray):
             return self._tensor(value, label)
+        if hasattr(value, "detach") and hasattr(value, "numpy"):
+            return self._tensor(self._keep(from_torch(value)), label)
         if isinstance(value, np.generic):
             return value.item() if value.dtype.kind in "biuf" else float(value)
         if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -171,6 +175,11 @@ class Arguments:
         self.bound.append((storage, array, label))
         return tensor
 
+    def _keep(self, array: np.ndarray) -> np.ndarray:
+        """Hold a temporary view so that its id stays its own."""
+        self._views.append(array)
+        return array
+
     def copy_back(self) -> None:
         for array, memory in self._copies:
             array[...] = memory
@@ -181,6 +190,17 @@ class Arguments:
             if storage is tensor.storage and tensor.covers_storage() and tensor.shape == (array.shape or (1,)):
                 return array
         return None
+
+
+def from_torch(tensor: Any) -> np.ndarray:
+    """numpy view of a CPU torch tensor's memory (torch is not imported: the caller already has)."""
+    torch = sys.modules["torch"]
+    host = tensor.detach()
+    for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2"):
+        if host.dtype == getattr(torch, name, None):
+            bits = torch.int16 if name == "bfloat16" else torch.uint8
+            return host.view(bits).numpy().view(dtypes.to_numpy(name))
+    return host.numpy()
 
 
 def _unbind(value: Any, arguments: Arguments, report: Report, label: str) -> Any:

@@ -197,3 +197,16 @@ def test_language_functions_on_tiles():
     e = np.exp(a - a.max(1, keepdims=True))
     expected = np.where(a > 0, e / e.sum(1, keepdims=True), a.mean(1, keepdims=True))
     np.testing.assert_allclose(simulator.run(kernel, a).outputs, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_torch_tensors_are_seen_in_place():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+
+    def kernel(a, b):
+        tile = nl.load(a)
+        nisa.tensor_scalar(dst=tile, data=tile, op0=nl.multiply, operand0=2.0)
+        nisa.dma_copy(dst=b, src=tile)
+
+    a, b = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3), torch.zeros(2, 3, dtype=torch.bfloat16)
+    simulator.run(kernel, a, b)
+    assert torch.equal(b, 2 * a)

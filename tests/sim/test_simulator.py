@@ -67,6 +67,7 @@ FOREIGN = """
 import nki
 import nki.language as nl
 import nki.isa as nisa
+import nki.dtype as nt
 from nki.isa.constants import oob_mode
 from nki.language import NKIObject
 from dataclasses import dataclass
