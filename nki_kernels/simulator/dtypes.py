@@ -6,10 +6,14 @@ A dtype is a plain string, as in NKI 0.6. Rounding is to nearest even; integers 
 
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from .errors import LawError, at_line
+
+try:
+    import ml_dtypes
+except ImportError as error:
+    raise ImportError("the NKI simulator needs ml_dtypes: pip install 'neuron-paged[sim]'") from error
 
 _NUMPY: dict[str, np.dtype] = {
     "int8": np.dtype(np.int8),
