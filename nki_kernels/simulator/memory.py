@@ -60,6 +60,7 @@ class Storage:
         "rivals",
         "readonly",
         "core",
+        "chains",
         "__weakref__",
     )
 
@@ -90,6 +91,7 @@ class Storage:
         self.rivals: list[Storage] | None = None  # allocated over the same addresses
         self.readonly = False
         self.core = -1
+        self.chains: set[tuple[int, int, int, int]] = set()  # PSUM: regions that accumulate
         if data is None:
             typed = np.full(count, dtypes.poison(dtype), dtype=dtypes.to_numpy(dtype))
             self.data = typed.view(np.uint8)

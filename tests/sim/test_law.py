@@ -259,6 +259,15 @@ def accumulate_onto_fresh(bad):
     matmul(n=4, accumulate=bad)
 
 
+@law("several accumulation chains", target="trn1", error=simulator.StrictError, strict=True)
+def two_chains_in_one_psum_tensor(bad):
+    shared = nl.ndarray((128, 8), dtype=nl.float32, buffer=nl.psum)
+    other = shared if bad else nl.ndarray((128, 8), dtype=nl.float32, buffer=nl.psum)
+    for step in range(2):
+        matmul(n=4, out=shared[:, 0:4], accumulate=step > 0)
+        matmul(n=4, out=other[:, 4:8], accumulate=step > 0)
+
+
 @law("accumulate=None is inferred", error=simulator.StrictError, strict=True)
 def strict_wants_accumulate(bad):
     matmul(n=4, accumulate=None if bad else False)

@@ -123,6 +123,7 @@ def _accumulate(
     """`product` merged with what PSUM holds, per element, under the three accumulate modes."""
     if accumulate is None:
         core.machine.ambiguous("nc_matmul: accumulate=None is inferred by the compiler; pass True or False")
+    _one_chain(core, dst, accumulate)
     state = None if accumulate is False and dst.storage.psum_state is None else core.psum_view(dst)
     if accumulate is False or state is None:
         return product, mask
@@ -144,6 +145,20 @@ def _accumulate(
         old_mask = old_mask & done
         mask = old_mask if mask is None else mask | old_mask
     return values, mask
+
+
+def _one_chain(core: Core, dst: NkiTensor, accumulate: bool | None) -> None:
+    """Several accumulating regions of one PSUM tensor lose partial sums on trn1 [third-party measurement]."""
+    chains, region = dst.storage.chains, dst.region
+    if accumulate is False:
+        chains -= {r for r in chains if r[2] < region[3] and region[2] < r[3]}
+    elif accumulate is True:
+        chains.add(region)
+        if len(chains) > 1 and core.version == 2:
+            core.machine.ambiguous(
+                f"nc_matmul: dst: {dst.storage.name} holds several accumulation chains, which lose partial sums on "
+                "NeuronCore-v2; give each chain a PSUM tensor of its own"
+            )
 
 
 def _transpose_matmul(
