@@ -135,7 +135,9 @@ class NkiTensor(NKIObject):
         return self.shape[0]
 
     def __bool__(self) -> bool:
-        raise TypeError(f"{self!r} has no truth value while a kernel is traced{at_line()}")
+        """A tensor is present (not None), whatever its values: kernels write `if bias:`."""
+        ambiguity_hook[0](f"truth value of {self!r} tells presence, not content; write `is not None`")
+        return True
 
     # ---- views ------------------------------------------------------------------------------------------------
     def _with(

@@ -399,6 +399,12 @@ def nested_loops_on_v2(bad):
     nl.fori_loop(0, 2, outer)
 
 
+@law("tells presence, not content", error=simulator.StrictError, strict=True)
+def truth_value_of_a_tensor(bad):
+    x = hbm((4, 8))
+    assert x if bad else x is not None
+
+
 @law("a register has no value", error=TypeError)
 def int_of_register(bad):
     register = nisa.register_alloc(3)
