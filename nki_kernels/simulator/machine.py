@@ -20,8 +20,9 @@ from .errors import (
 )
 from .events import Event, Operand, operand
 from .memory import MATMUL, OTHER, PSUM, SBUF, SHARED_HBM, MemoryRegion, Storage, check_tile, link_rivals
+from .objects import ambiguity_hook
 from .state import Accumulators, Instruction, Register, current_or_none
-from .tensor import NkiTensor, ambiguity_hook
+from .tensor import NkiTensor
 from .views import contiguous_strides
 
 MAX_LOOP_ITERATIONS = 1_000_000

@@ -1,10 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small objects around tensors: NKIObject records, `nl.ds` slices, run-time addressing of a view."""
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
+# Set by machine.py: called with a message where the documents allow several readings (raises under strict).
+ambiguity_hook: list[Callable[[str], None]] = []
 
-class NKIObject:
+
+class _Record(type):
+    """Lets a dataclass be built without all of its fields, as published kernels do; what is missing is None."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().__call__(*args, **kwargs)
+        except TypeError:
+            wanted: list[Any] = [f for f in dataclasses.fields(cls) if f.init] if dataclasses.is_dataclass(cls) else []
+            missing = [
+                f.name
+                for f in wanted[len(args) :]
+                if f.name not in kwargs and f.default is f.default_factory is dataclasses.MISSING
+            ]
+            if not missing:
+                raise
+            ambiguity_hook[0](f"{cls.__name__}(…) without {', '.join(missing)}: taken as None")
+            return super().__call__(*args, **kwargs, **dict.fromkeys(missing))
+
+
+class NKIObject(metaclass=_Record):
     """Base of kernel-side records: keyword arguments become fields.
 
     A class attribute without annotation counts as a field of a `@dataclass` subclass too, as NKI treats it.

@@ -14,13 +14,11 @@ import numpy as np
 from . import dtypes
 from .errors import LawError, OutOfBoundsError, at_line
 from .memory import MemoryRegion, Storage
-from .objects import DynamicSlice, Indirect, NKIObject
+from .objects import DynamicSlice, Indirect, NKIObject, ambiguity_hook
 from .views import contiguous_strides, merge_strides, parse_rearrange, reshape_strides, split_shape
 
 # Set by language.py: copies a value into a view for `tile[...] = value`.
 assign_hook: list[Callable[["NkiTensor", Any], None]] = []
-# Set by machine.py: called with a message where the documents allow several readings (raises under strict).
-ambiguity_hook: list[Callable[[str], None]] = []
 
 
 class NkiTensor(NKIObject):

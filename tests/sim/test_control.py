@@ -149,6 +149,25 @@ class Options(nl.NKIObject):
     weights: object = None
 
 
+@dataclass
+class Sizes(nl.NKIObject):
+    rows: int
+    columns: int
+    extra: int
+
+
+def test_dataclass_without_all_fields_is_noted():
+    def kernel():
+        sizes = Sizes(1, columns=2)
+        assert (sizes.rows, sizes.columns, sizes.extra) == (1, 2, None)
+
+    assert "without extra" in simulator.run(kernel).report.diagnostics[0]
+    with pytest.raises(simulator.StrictError, match="without extra"):
+        simulator.run(kernel, strict=True)
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        simulator.run(lambda: Sizes(1, 2, 3, wrong=4))
+
+
 def scaled(x, options, parts):
     tile = nl.load(x)
     op = nl.add if options.mode == Mode.ADD else nl.multiply
