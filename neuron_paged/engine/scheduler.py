@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which sequences compute how many tokens in the next step.
+"""Which sequences compute how many tokens in the next step: schedule(), the caller executes, then commit() or fail().
 
 Owns the queue, the running sequences and every decision about them: token budget, admission, preemption. Blocks are the
-KV-cache manager's. One step is schedule(), execution by the caller, then commit() or fail().
+KV-cache manager's.
 """
 
 from bisect import insort
@@ -208,8 +208,8 @@ class Scheduler:
     def fail(self, output: SchedulerOutput) -> list[Sequence]:
         """The step failed, at whatever point: its sequences become FINISHED_ERROR and are returned.
 
-        Nothing they wrote becomes a prefix-cache hit. Sequences swapped out in this step, whose host copy may be
-        missing, are computed again.
+        Nothing they wrote becomes a hit. Sequences swapped out in this step are computed again: their host copy may be
+        missing.
         """
         self._end_step(output)
         failed = [item.sequence for item in output.scheduled if not item.sequence.is_finished]
@@ -227,7 +227,7 @@ class Scheduler:
         queued = list(self._queue)
         if sorted(s.seq_id for s in unfinished) != sorted(s.seq_id for s in running + queued):
             raise IntegrityError("scheduler: unfinished sequences are not exactly those running or queued.")
-        if len(running) != sum(s.status is SequenceStatus.RUNNING for s in unfinished):
+        if set(running) != {s for s in unfinished if s.status is SequenceStatus.RUNNING}:
             raise IntegrityError("scheduler: the sequences in the running list are not those with that status.")
         if self._num_with_status != Counter(s.status for s in unfinished):
             raise IntegrityError("scheduler: the numbers of waiting, running and swapped sequences are wrong.")
