@@ -2,6 +2,7 @@
 """Benchmarks compute what they say: workloads, reservations, floors, peers in child processes. No timing asserted."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -163,7 +164,7 @@ def test_engine_benchmark_fits_a_line() -> None:
 def run_cli(*args: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "neuron_paged", *map(str, args)], capture_output=True, text=True, cwd=ROOT,
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
     )  # fmt: skip
 
 
