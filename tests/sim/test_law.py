@@ -127,6 +127,12 @@ def partial_overlap(bad):
     nisa.tensor_copy(dst=x[:, 1:9], src=x[:, 0:8] if bad else x[:, 1:9])
 
 
+@law("tensor_reduce: dst: lies inside data", error=simulator.StrictError, strict=True)
+def reduce_into_its_input(bad):
+    x = tile((4, 2))
+    nisa.tensor_reduce(dst=x[:, 0:1] if bad else tile((4, 1)), op=nl.maximum, data=x, axis=1)
+
+
 @law("memset: value: 1.5 for a int32 tile")
 def memset_type(bad):
     x = nl.ndarray((4, 4), dtype=nl.int32, buffer=nl.sbuf)
