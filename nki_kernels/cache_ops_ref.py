@@ -41,7 +41,7 @@ def reshape_and_cache_ref(
 
 
 def copy_blocks_ref(kv_cache: Tensor, block_mapping: Tensor) -> None:
-    """Copy whole blocks, in place; block_mapping [num_pairs, 2] int32 holds (src, dst). All reads come before all writes."""
+    """Copy whole blocks in place; block_mapping [num_pairs, 2] int32 holds (src, dst). All reads precede all writes."""
     pairs = block_mapping.tolist()
     contents = [kv_cache[src].clone() for src, _ in pairs]
     for (_, dst), content in zip(pairs, contents, strict=True):
@@ -49,7 +49,7 @@ def copy_blocks_ref(kv_cache: Tensor, block_mapping: Tensor) -> None:
 
 
 def swap_blocks_ref(src: Tensor, dst: Tensor, block_mapping: Tensor) -> None:
-    """Copy whole blocks from the cache `src` to the cache `dst`; block_mapping [num_pairs, 2] int32 holds (src, dst)."""
+    """Copy whole blocks from cache `src` to cache `dst`; block_mapping [num_pairs, 2] int32 holds (src, dst)."""
     for from_block, to_block in block_mapping.tolist():
         dst[to_block] = src[from_block].to(dst.device)
 
@@ -63,7 +63,7 @@ def gather_context_ref(
 ) -> tuple[Tensor, Tensor]:
     """Keys and values of the first `num_tokens` tokens of one sequence, in order.
 
-    block_ids [max_blocks_per_seq] int32, one row of the block table. Returns two [num_kv_heads, num_tokens, head_dim] fp32.
+    block_ids [max_blocks_per_seq] int32, a row of the block table. Two [num_kv_heads, num_tokens, head_dim] fp32 come back.
     """
     block_size = kv_cache.shape[3]
     num_blocks = -(-num_tokens // block_size)

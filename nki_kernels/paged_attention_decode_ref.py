@@ -23,7 +23,7 @@ def paged_attention_decode_ref(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
-    """Attention of the newest token of each sequence; query [num_seqs, num_heads, head_dim], the rest as for prefill."""
+    """Attention of the newest token of each sequence; query [num_seqs, num_heads, head_dim], the rest as in prefill."""
     return paged_attention_prefill_ref(
         query,
         kv_cache,

@@ -18,7 +18,7 @@ from neuron_paged.ops.schema import LIB
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3}  # vector_ir.FP32 …
 _MIN_PARALLEL_TOKENS = 64  # below, waking the pool costs more than cache writes and rotations take
 
-# Layouts of the argument blocks: Arg in cpu_kernels/attention.py, CacheArg and RotaryArg in cpu_kernels/cache_ops.py.
+# Layouts of the argument blocks: cpu_kernels/attention_plan.Arg, cpu_kernels/cache_ops.CacheArg and RotaryArg.
 _PACK_ATTENTION = struct.Struct("=20qf4xqf4x6q").pack_into
 _PACK_20 = struct.Struct("=20q").pack_into
 _PACK_21 = struct.Struct("=21q").pack_into
@@ -128,7 +128,7 @@ def _attention(
     counters = (partials + 4 * partial_floats + 63) // 64 * 64
     if num_groups:
         ctypes.memset(counters, 0, 8 * num_groups)
-    args[34:38] = (output.data_ptr(), scratch, partials, counters)
+    args[34:38] = [output.data_ptr(), scratch, partials, counters]
     run_parallel(attention.worker, at, threads)
     return output
 

@@ -33,7 +33,7 @@ LIB.define("copy_blocks(Tensor(a!) kv_cache, Tensor block_mapping) -> ()", tags=
 # src, dst [num_blocks (each its own), K, 2, B, D] · block_mapping [num_pairs, 2] i32 of (block of src, block of dst)
 LIB.define("swap_blocks(Tensor src, Tensor(a!) dst, Tensor block_mapping) -> ()", tags=_TAGS)
 
-# positions [T] i32 · query [T, H, D] · key [T, K, D] · cos_sin_cache [max_positions, rot_dim] fp32 → like query, like key
+# positions [T] i32 · query [T, H, D] · key [T, K, D] · cos_sin_cache [max_positions, rot_dim] fp32 → like query, key
 LIB.define(
     "rotary_embedding(Tensor positions, Tensor query, Tensor key, Tensor cos_sin_cache, *, bool interleaved=False) "
     "-> (Tensor, Tensor)",

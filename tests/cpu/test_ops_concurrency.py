@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU operators called from several threads, from a forked child, with and without OpenMP, and from a cold cache."""
+"""The CPU operators from several threads, in a forked child, with and without OpenMP, and with a cold cache."""
 
 import os
 import subprocess

@@ -2,11 +2,12 @@
 """Cache write and rotary embedding on the CPU: range checks, and workers that take chunks of tokens from a counter."""
 
 from enum import IntEnum
+from typing import Any
 
 from numba import cfunc, int64, njit, void
 
 from neuron_paged.ops.cpu_kernels.memory import copy_bytes, fetch_add, get_f32, get_i32, get_i64
-from neuron_paged.ops.cpu_kernels.microkernels import load_row, rotate_row, store_row
+from neuron_paged.ops.cpu_kernels.row_kernels import load_row, rotate_row, store_row
 from neuron_paged.ops.cpu_kernels.vector_ir import ELEMENT_BYTES, FP32
 
 CHUNK_TOKENS = 16  # tokens a thread takes at a time
@@ -67,7 +68,7 @@ class RotaryArg(IntEnum):
 
 
 @njit(error_model="numpy")
-def _all_in_range(values, count, stop):
+def _all_in_range(values: int, count: int, stop: int) -> bool:
     valid = True
     for i in range(count):
         value = get_i32(values, i)
@@ -76,14 +77,14 @@ def _all_in_range(values, count, stop):
 
 
 @njit(error_model="numpy")
-def plan_cache_write(a):
+def plan_cache_write(a: int) -> int:
     """Returns 0, or 1 if a slot is out of range."""
     num_slots = get_i64(a, _NUM_BLOCKS) * get_i64(a, _BLOCK_SIZE)
     return 0 if _all_in_range(get_i64(a, _SLOT_MAPPING), get_i64(a, _NUM_TOKENS), num_slots) else 1
 
 
 @njit(error_model="numpy")
-def _write_heads(a, source, head_stride, scales, destination, scratch):
+def _write_heads(a: int, source: int, head_stride: int, scales: int, destination: int, scratch: int) -> None:
     """One token's K or V rows of all heads; destination: row of head 0."""
     head_dim = get_i64(a, _HEAD_DIM)
     input_code, cache_code = get_i64(a, _INPUT_DTYPE), get_i64(a, _CACHE_DTYPE)
@@ -99,7 +100,7 @@ def _write_heads(a, source, head_stride, scales, destination, scratch):
 
 
 @njit(error_model="numpy")
-def cache_write_worker(a):
+def cache_write_worker(a: int) -> None:
     """Write tokens' keys and values into their slots, chunk by chunk."""
     num_tokens = get_i64(a, _NUM_TOKENS)
     block_size = get_i64(a, _BLOCK_SIZE)
@@ -122,14 +123,14 @@ def cache_write_worker(a):
 
 
 @njit(error_model="numpy")
-def plan_rotary(a):
+def plan_rotary(a: int) -> int:
     """Returns 0, or 1 if a position is out of range."""
     valid = _all_in_range(get_i64(a, _R_POSITIONS), get_i64(a, _R_NUM_TOKENS), get_i64(a, _R_MAX_POSITIONS))
     return 0 if valid else 1
 
 
 @njit(error_model="numpy")
-def _rotate_heads(a, tensor, token, scratch):
+def _rotate_heads(a: int, tensor: int, token: int, scratch: int) -> None:
     """Rotate all heads of one token of the tensor described at argument place `tensor`."""
     head_dim, code = get_i64(a, _R_HEAD_DIM), get_i64(a, _R_DTYPE)
     rot_dim = get_i64(a, _R_ROT_DIM)
@@ -149,7 +150,7 @@ def _rotate_heads(a, tensor, token, scratch):
 
 
 @njit(error_model="numpy")
-def rotary_worker(a):
+def rotary_worker(a: int) -> None:
     """Rotate tokens' queries and keys, chunk by chunk."""
     num_tokens = get_i64(a, _R_NUM_TOKENS)
     scratch = get_i64(a, _R_SCRATCH) + 4 * get_i64(a, _R_HEAD_DIM) * fetch_add(a, _NEXT_WORKER, 1)
@@ -162,32 +163,32 @@ def rotary_worker(a):
             _rotate_heads(a, _R_KEY, token, scratch)
 
 
-def cache_write_entries(digest, cache):
+def cache_write_entries(digest: int, cache: bool) -> tuple[Any, Any]:
     """C functions of (plan, worker); see attention_entries."""
 
     @cfunc(int64(int64), cache=cache, error_model="numpy")
-    def plan(arguments):
+    def plan(arguments: int) -> int:
         _ = digest
         return plan_cache_write(arguments)
 
     @cfunc(void(int64), cache=cache, error_model="numpy")
-    def worker(arguments):
+    def worker(arguments: int) -> None:
         _ = digest
         cache_write_worker(arguments)
 
     return plan, worker
 
 
-def rotary_entries(digest, cache):
+def rotary_entries(digest: int, cache: bool) -> tuple[Any, Any]:
     """C functions of (plan, worker); see attention_entries."""
 
     @cfunc(int64(int64), cache=cache, error_model="numpy")
-    def plan(arguments):
+    def plan(arguments: int) -> int:
         _ = digest
         return plan_rotary(arguments)
 
     @cfunc(void(int64), cache=cache, error_model="numpy")
-    def worker(arguments):
+    def worker(arguments: int) -> None:
         _ = digest
         rotary_worker(arguments)
 

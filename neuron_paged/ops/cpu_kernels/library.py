@@ -60,7 +60,7 @@ def build_kernel(make_entries: Callable[..., tuple[Any, Any]]) -> Kernel:
     digest = _source_digest()
     try:
         entries = make_entries(digest, cache=True)
-    except RuntimeError:  # no writable place for the cache: compile in every process
+    except (RuntimeError, OSError):  # no writable place for the cache: compile in every process
         entries = make_entries(digest, cache=False)
     plan = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(entries[0].address)
     worker = ctypes.CFUNCTYPE(None, ctypes.c_int64)(entries[1].address)

@@ -4,11 +4,12 @@
 from typing import Any
 
 from llvmlite import ir
-from numba import types
+from numba import extending, types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 from neuron_paged.ops.cpu_kernels.vector_ir import F32, I8, I32, I64
+
+intrinsic: Any = extending.intrinsic  # it adds the first parameter itself, which numba's annotations don't say
 
 
 def _pointer(b: ir.IRBuilder, address: ir.Value, index: ir.Value, kind: ir.Type, element_bytes: int) -> ir.Value:
@@ -20,7 +21,7 @@ def get_i32(typingctx: Any, address: Any, index: Any) -> Any:
     """int32 element, widened to int64."""
 
     def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: tuple[ir.Value, ...]) -> ir.Value:
-        return b.sext(b.load(_pointer(b, *args, I32, 4), align=4), I64)
+        return b.sext(b.load(_pointer(b, args[0], args[1], I32, 4), align=4), I64)
 
     return types.int64(types.int64, types.int64), codegen
 
@@ -28,7 +29,7 @@ def get_i32(typingctx: Any, address: Any, index: Any) -> Any:
 @intrinsic
 def get_i64(typingctx: Any, address: Any, index: Any) -> Any:
     def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: tuple[ir.Value, ...]) -> ir.Value:
-        return b.load(_pointer(b, *args, I64, 8), align=8)
+        return b.load(_pointer(b, args[0], args[1], I64, 8), align=8)
 
     return types.int64(types.int64, types.int64), codegen
 
@@ -45,7 +46,7 @@ def set_i64(typingctx: Any, address: Any, index: Any, value: Any) -> Any:
 @intrinsic
 def get_f32(typingctx: Any, address: Any, index: Any) -> Any:
     def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: tuple[ir.Value, ...]) -> ir.Value:
-        return b.load(_pointer(b, *args, F32, 4), align=4)
+        return b.load(_pointer(b, args[0], args[1], F32, 4), align=4)
 
     return types.float32(types.int64, types.int64), codegen
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """LLVM IR building blocks of the CPU kernels: vectors of fp32 lanes, conversions, exponential, transposition.
 
-numba compiles the scalar control flow; arithmetic is written here as explicit vector IR, because auto-vectorisation does
-not reach register-blocked loops. LLVM turns `<lanes x float>` into AVX-512, AVX2, SSE or NEON. Addresses are i64.
+numba compiles the scalar control flow; arithmetic is written here as explicit vector IR, because auto-vectorisation
+does not reach register-blocked loops. LLVM turns `<lanes x float>` into AVX-512, AVX2, SSE or NEON. Addresses are i64.
 """
 
 from collections.abc import Callable, Iterator
