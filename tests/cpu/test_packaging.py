@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("neuron_paged", "nki_kernels", "compile")
-SUFFIXES = {".py", ".typed"}
+SUFFIXES = {".py", ".typed", ".md"}
 
 
 def run_python(*args: str, cwd: Path, path: Path | None = None) -> subprocess.CompletedProcess[str]:
