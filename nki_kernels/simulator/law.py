@@ -142,7 +142,7 @@ def overlap(instruction: str, dst: NkiTensor, operand: str, src: NkiTensor) -> N
     """Full alias is fine elementwise; a partial overlap is not."""
     if dst.storage is not src.storage:
         return
-    if dst.offset == src.offset and dst.strides == src.strides and dst.dtype == src.dtype:
+    if (dst.offset, dst.strides, dst.dtype, dst.size) == (src.offset, src.strides, src.dtype, src.size):
         return
     a, b = dst.region, src.region
     if a[0] >= b[1] or b[0] >= a[1] or a[2] >= b[3] or b[2] >= a[3]:
