@@ -176,8 +176,8 @@ def sample_filtered(logits: Tensor, temperature: Tensor, uniform: Tensor, filter
     token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     total = None
     if bool(((filters.top_k >= vocab_size) & (filters.top_p < 1)).any()):
-        maximum = logits.amax(-1, keepdim=True)
-        total = ((logits - maximum) / temperature[:, None]).exp_().sum(-1)
+        # The sum of exp((logit - max) / temperature), through the largest probability: softmax is one fused pass.
+        total = torch.softmax(logits / temperature[:, None], -1).amax(-1).reciprocal()
     open_rows = torch.arange(num_rows, device=logits.device)
     for num_candidates in (*_NUM_CANDIDATES, vocab_size):
         if num_candidates * 4 > vocab_size:
