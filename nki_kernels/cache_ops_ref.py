@@ -63,7 +63,8 @@ def gather_context_ref(
 ) -> tuple[Tensor, Tensor]:
     """Keys and values of the first `num_tokens` tokens of one sequence, in order.
 
-    block_ids [max_blocks_per_seq] int32, a row of the block table. Two [num_kv_heads, num_tokens, head_dim] fp32 come back.
+    block_ids [max_blocks_per_seq] int32, a row of the block table. Returns two fp32
+    [num_kv_heads, num_tokens, head_dim].
     """
     block_size = kv_cache.shape[3]
     num_blocks = -(-num_tokens // block_size)

@@ -29,8 +29,9 @@ def paged_attention_prefill_ref(
 
     query [num_tokens, num_heads, head_dim]; kv_cache [num_blocks, num_kv_heads, 2, block_size, head_dim];
     block_table [num_seqs, max_blocks_per_seq] int32; context_lens [num_seqs] int32, this step's tokens included, 0 for
-    a padded row; cu_seqlens_q [num_seqs + 1] int32, None if every sequence has one token; sinks, alibi_slopes [num_heads]
-    fp32; k_scale, v_scale [num_kv_heads] fp32. Returns [num_tokens, num_heads, head_dim] fp32; padding gives zeros.
+    a padded row; cu_seqlens_q [num_seqs + 1] int32, None if every sequence has one token; sinks, alibi_slopes
+    [num_heads] fp32; k_scale, v_scale [num_kv_heads] fp32. Returns [num_tokens, num_heads, head_dim] fp32, zeros for
+    padding.
     """
     num_heads, head_dim = query.shape[1:]
     group_size = num_heads // kv_cache.shape[1]

@@ -50,7 +50,18 @@ from neuron_paged.ops.cpu_kernels.attention_plan import (
     tile_tokens,
     whole_blocks,
 )
+from neuron_paged.ops.cpu_kernels.linked import (
+    load_keys,
+    load_row,
+    load_rows,
+    multiply_key_rows,
+    multiply_key_tile,
+    multiply_values,
+    softmax_row,
+    store_row,
+)
 from neuron_paged.ops.cpu_kernels.memory import (
+    PART,
     bits_to_f32,
     fetch_add,
     get_f32,
@@ -60,17 +71,8 @@ from neuron_paged.ops.cpu_kernels.memory import (
     set_i64,
     zero_bytes,
 )
-from neuron_paged.ops.cpu_kernels.microkernels import (
-    BLOCK_ROWS,
-    LONG_TILE_TOKENS,
-    MASKED,
-    STATE_FLOATS,
-    multiply_key_rows,
-    multiply_key_tile,
-    multiply_values,
-    softmax_row,
-)
-from neuron_paged.ops.cpu_kernels.row_kernels import MAX_LANES, TILE_TOKENS, load_keys, load_row, load_rows, store_row
+from neuron_paged.ops.cpu_kernels.microkernels import BLOCK_ROWS, LONG_TILE_TOKENS, MASKED, STATE_FLOATS
+from neuron_paged.ops.cpu_kernels.row_kernels import MAX_LANES, TILE_TOKENS
 from neuron_paged.ops.cpu_kernels.vector_ir import ELEMENT_BYTES, FP32
 
 LOG2_E = math.log2(math.e)
@@ -79,7 +81,7 @@ LN_2 = math.log(2.0)
 MAX_DIRECT_ROWS = 2 * BLOCK_ROWS
 
 
-@njit(error_model="numpy")
+@njit(**PART)
 def _load_rows(
     a: int,
     start: int,
@@ -116,7 +118,7 @@ def _load_rows(
     zero_bytes(outputs, 4 * num_rows * padded_dim)
 
 
-@njit(error_model="numpy")
+@njit(**PART)
 def _find_rows(a: int, row: int, head: int, first_token: int, num_tokens: int, key_rows: int, value_rows: int) -> None:
     """Addresses of the K and V rows of `num_tokens` tokens; K's are padded to whole vectors with the last token's."""
     block_size = get_i64(a, A_BLOCK_SIZE)
@@ -142,7 +144,7 @@ def _find_rows(a: int, row: int, head: int, first_token: int, num_tokens: int, k
         set_i64(key_rows, i, last)
 
 
-@njit(error_model="numpy")
+@njit(**PART)
 def _attend_tile(
     a: int,
     head: int,
@@ -195,7 +197,7 @@ def _attend_tile(
         block_start += rows
 
 
-@njit(error_model="numpy")
+@njit(**PART)
 def _write_outputs(
     a: int, start: int, num_rows: int, group_size: int, head: int, outputs: int, states: int, padded_dim: int
 ) -> None:
@@ -213,7 +215,7 @@ def _write_outputs(
         store_row(code, outputs + 4 * row * padded_dim, destination, head_dim, divisor)
 
 
-@njit(error_model="numpy")
+@njit(**PART)
 def _combine_parts(partials: int, num_parts: int, num_rows: int, all_rows: int, padded_dim: int) -> None:
     """Fold the parts' outputs and states into the first part's; a part is outputs [all_rows, P], then their states."""
     part_floats = all_rows * (padded_dim + STATE_FLOATS)
@@ -233,14 +235,14 @@ def _combine_parts(partials: int, num_parts: int, num_rows: int, all_rows: int, 
         set_f32(partials, state + 1, total)
 
 
-@njit(error_model="numpy")
+@njit(**PART)
 def _point_to_tile(rows: int, count: int, tile: int, pitch: int) -> None:
     """Let row addresses name the rows of an fp32 tile."""
     for i in range(count):
         set_i64(rows, i, tile + 4 * i * pitch)
 
 
-@njit(error_model="numpy")
+@njit(**PART)
 def _run_item(a: int, item: int, row: int, scratch: int) -> None:
     """Compute one item: load its query rows, go through its context, write the output or hand in a part."""
     num_kv_heads = get_i64(a, A_NUM_KV_HEADS)
@@ -328,7 +330,7 @@ def _run_item(a: int, item: int, row: int, scratch: int) -> None:
     _write_outputs(a, tile_start, num_rows, group_size, head, outputs, states, padded_dim)
 
 
-@njit(error_model="numpy")
+@njit(**PART)
 def attention_worker(a: int) -> None:
     """Draw items until none is left; every thread runs this once with the same argument block."""
     worker = fetch_add(a, A_NEXT_WORKER, 1)

@@ -9,7 +9,7 @@ from enum import IntEnum
 
 from numba import njit
 
-from neuron_paged.ops.cpu_kernels.memory import get_i32, get_i64, set_i64
+from neuron_paged.ops.cpu_kernels.memory import PART, get_i32, get_i64, set_i64
 from neuron_paged.ops.cpu_kernels.microkernels import BLOCK_ROWS, LONG_TILE_TOKENS, STATE_FLOATS
 from neuron_paged.ops.cpu_kernels.row_kernels import MAX_LANES, PREFETCH_TOKENS, TILE_TOKENS
 from neuron_paged.ops.cpu_kernels.vector_ir import target
@@ -77,7 +77,7 @@ class Arg(IntEnum):
 ) = map(int, Arg)  # fmt: skip
 
 
-@njit(inline="never", error_model="numpy")
+@njit(**PART)
 def query_range(a: int, row: int) -> tuple[int, int]:
     """First query token of a row, and one past its last."""
     cu_seqlens_q = get_i64(a, A_CU_SEQLENS_Q)
@@ -86,24 +86,24 @@ def query_range(a: int, row: int) -> tuple[int, int]:
     return get_i32(cu_seqlens_q, row), get_i32(cu_seqlens_q, row + 1)
 
 
-@njit(error_model="numpy")
+@njit(**PART)
 def tile_tokens(group_size: int) -> int:
     """Query tokens per tile."""
     return max(1, MAX_TILE_ROWS // group_size)
 
 
-@njit(error_model="numpy")
+@njit(**PART)
 def whole_blocks(num_rows: int) -> int:
     """Rows rounded up to whole register blocks."""
     return (num_rows + BLOCK_ROWS - 1) // BLOCK_ROWS * BLOCK_ROWS
 
 
-@njit(error_model="numpy")
+@njit(**PART)
 def first_visible(position: int, sliding_window: int) -> int:
     return max(0, position - sliding_window + 1) if sliding_window > 0 else 0
 
 
-@njit(error_model="numpy")
+@njit(**PART)
 def _row_is_valid(a: int, row: int, start: int, end: int, previous_end: int) -> bool:
     """Whether lengths fit and all blocks to be read exist."""
     context_len = get_i32(get_i64(a, A_CONTEXT_LENS), row)
@@ -126,7 +126,7 @@ def _row_is_valid(a: int, row: int, start: int, end: int, previous_end: int) -> 
     return valid
 
 
-@njit(error_model="numpy")
+@njit(**PART)
 def plan_attention(a: int) -> int:
     """Check all index values and cut the work into items. Returns 0, or 1 if a value is out of range."""
     num_seqs = get_i64(a, A_NUM_SEQS)

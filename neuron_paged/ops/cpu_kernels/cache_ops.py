@@ -6,8 +6,8 @@ from typing import Any
 
 from numba import cfunc, int64, njit, void
 
-from neuron_paged.ops.cpu_kernels.memory import copy_bytes, fetch_add, get_f32, get_i32, get_i64
-from neuron_paged.ops.cpu_kernels.row_kernels import load_row, rotate_row, store_row
+from neuron_paged.ops.cpu_kernels.linked import load_row, rotate_row, store_row
+from neuron_paged.ops.cpu_kernels.memory import PART, copy_bytes, fetch_add, get_f32, get_i32, get_i64
 from neuron_paged.ops.cpu_kernels.vector_ir import ELEMENT_BYTES, FP32
 
 CHUNK_TOKENS = 16  # tokens a thread takes at a time
@@ -67,7 +67,7 @@ class RotaryArg(IntEnum):
 ) = map(int, RotaryArg)  # fmt: skip
 
 
-@njit(error_model="numpy")
+@njit(**PART)
 def _all_in_range(values: int, count: int, stop: int) -> bool:
     valid = True
     for i in range(count):
@@ -76,14 +76,14 @@ def _all_in_range(values: int, count: int, stop: int) -> bool:
     return valid
 
 
-@njit(error_model="numpy")
+@njit(**PART)
 def plan_cache_write(a: int) -> int:
     """Returns 0, or 1 if a slot is out of range."""
     num_slots = get_i64(a, _NUM_BLOCKS) * get_i64(a, _BLOCK_SIZE)
     return 0 if _all_in_range(get_i64(a, _SLOT_MAPPING), get_i64(a, _NUM_TOKENS), num_slots) else 1
 
 
-@njit(error_model="numpy")
+@njit(**PART)
 def _write_heads(a: int, source: int, head_stride: int, scales: int, destination: int, scratch: int) -> None:
     """One token's K or V rows of all heads; destination: row of head 0."""
     head_dim = get_i64(a, _HEAD_DIM)
@@ -99,7 +99,7 @@ def _write_heads(a: int, source: int, head_stride: int, scales: int, destination
         destination += head_bytes
 
 
-@njit(error_model="numpy")
+@njit(**PART)
 def cache_write_worker(a: int) -> None:
     """Write tokens' keys and values into their slots, chunk by chunk."""
     num_tokens = get_i64(a, _NUM_TOKENS)
@@ -122,14 +122,14 @@ def cache_write_worker(a: int) -> None:
             _write_heads(a, value, get_i64(a, _VALUE_HEAD_STRIDE), get_i64(a, _V_SCALE), place, scratch)
 
 
-@njit(error_model="numpy")
+@njit(**PART)
 def plan_rotary(a: int) -> int:
     """Returns 0, or 1 if a position is out of range."""
     valid = _all_in_range(get_i64(a, _R_POSITIONS), get_i64(a, _R_NUM_TOKENS), get_i64(a, _R_MAX_POSITIONS))
     return 0 if valid else 1
 
 
-@njit(error_model="numpy")
+@njit(**PART)
 def _rotate_heads(a: int, tensor: int, token: int, scratch: int) -> None:
     """Rotate all heads of one token of the tensor described at argument place `tensor`."""
     head_dim, code = get_i64(a, _R_HEAD_DIM), get_i64(a, _R_DTYPE)
@@ -149,7 +149,7 @@ def _rotate_heads(a: int, tensor: int, token: int, scratch: int) -> None:
         destination += row_bytes
 
 
-@njit(error_model="numpy")
+@njit(**PART)
 def rotary_worker(a: int) -> None:
     """Rotate tokens' queries and keys, chunk by chunk."""
     num_tokens = get_i64(a, _R_NUM_TOKENS)

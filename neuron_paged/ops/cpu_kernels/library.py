@@ -55,13 +55,30 @@ def _source_digest() -> int:
     return int.from_bytes(digest.digest()[:7], "little")
 
 
-def build_kernel(make_entries: Callable[..., tuple[Any, Any]]) -> Kernel:
-    """Compile, or take from the disk cache, the C functions `make_entries(digest, cache)` makes: (plan, worker)."""
-    digest = _source_digest()
+_linked: dict[str, Any] = {}  # micro-kernels known to the linker, by name
+
+
+def _cached(make: Callable[..., Any], *arguments: Any) -> Any:
+    """make(…, cache=True), or cache=False where numba finds no writable place for its cache."""
     try:
-        entries = make_entries(digest, cache=True)
-    except (RuntimeError, OSError):  # no writable place for the cache: compile in every process
-        entries = make_entries(digest, cache=False)
+        return make(*arguments, cache=True)
+    except (RuntimeError, OSError):
+        return make(*arguments, cache=False)
+
+
+def build_kernel(make_entries: Callable[..., tuple[Any, Any]], functions: tuple[str, ...] = ()) -> Kernel:
+    """Compile, or take from the disk cache, the C functions `make_entries(digest, cache)` makes: (plan, worker).
+
+    functions: the micro-kernels of `linked` that they call.
+    """
+    from neuron_paged.ops.cpu_kernels.linked import link
+
+    digest = _source_digest()
+    with _lock:
+        for name in functions:
+            if name not in _linked:
+                _linked[name] = _cached(link, name, digest)
+        entries = _cached(make_entries, digest)
     plan = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(entries[0].address)
     worker = ctypes.CFUNCTYPE(None, ctypes.c_int64)(entries[1].address)
     return Kernel(plan, worker, entries)
@@ -70,15 +87,14 @@ def build_kernel(make_entries: Callable[..., tuple[Any, Any]]) -> Kernel:
 @cache
 def kernel(name: str) -> Kernel:
     """The kernel "attention", "cache_write" or "rotary"; compiled, or read from the disk cache, on first use."""
-    from neuron_paged.ops.cpu_kernels import attention, cache_ops
+    from neuron_paged.ops.cpu_kernels import attention, cache_ops, linked
 
-    makers: dict[str, Callable[..., tuple[Any, Any]]] = {
-        "attention": attention.attention_entries,
-        "cache_write": cache_ops.cache_write_entries,
-        "rotary": cache_ops.rotary_entries,
+    parts: dict[str, tuple[Callable[..., tuple[Any, Any]], tuple[str, ...]]] = {
+        "attention": (attention.attention_entries, linked.ATTENTION_FUNCTIONS),
+        "cache_write": (cache_ops.cache_write_entries, linked.CACHE_FUNCTIONS),
+        "rotary": (cache_ops.rotary_entries, linked.ROTARY_FUNCTIONS),
     }
-    with _lock:
-        return build_kernel(makers[name])
+    return build_kernel(*parts[name])
 
 
 def warm_up() -> None:

@@ -9,6 +9,8 @@ from numba.core import cgutils
 
 from neuron_paged.ops.cpu_kernels.vector_ir import F32, I8, I32, I64
 
+# Options of functions that are only called from other compiled functions: no wrappers for Python or C.
+PART: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 intrinsic: Any = extending.intrinsic  # it adds the first parameter itself, which numba's annotations don't say
 
 

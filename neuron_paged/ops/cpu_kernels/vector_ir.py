@@ -312,6 +312,7 @@ def define(module: ir.Module, name: str, arguments: list[ir.Type], body: Callabl
         return existing
     function = ir.Function(module, ir.FunctionType(VOID, arguments), name)
     function.linkage = "internal"
+    function.attributes.add("noinline")  # bodies are register-blocked; merged, they would only compile longer
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     body(builder, *function.args)
     builder.ret_void()
