@@ -46,12 +46,15 @@ class IncrementalDetokenizer:
         self._num_held = 0  # last ids of the window, since all text was given
         if self._window:
             self._cut_window()
+            self._given = decode(self._window)
 
     def append(self, token_ids: Sequence[int]) -> str:
         """Text that these ids settle; an unfinished character waits for the next call."""
         self._window.extend(token_ids)
         self._num_held += len(token_ids)
         text = self._decode(self._window)
+        if not text.startswith(self._given):
+            self._given = self._given[: _settled_length(self._given)]  # the prompt may have ended inside a character
         if not text.startswith(self._given):
             if self._num_held <= _MAX_UNSETTLED:
                 return ""

@@ -14,6 +14,9 @@ from torch import Tensor
 # Candidates tried in turn before a full sort. Measured on CPU (2 threads, [32, 49152] fp32): full sort 63 ms,
 # topk(64) 1.8 ms, the 64 largest through group maxima 0.5-0.9 ms, topk(1024) 6 ms.
 _NUM_CANDIDATES = (64, 1024)
+# Logits worked on at once. Whole-batch temporaries of several MB are given back to the system and faulted in again each
+# time: sampling 32 plain rows of 49152 takes 6.3 ms at once and 1.2 ms in parts of ten rows (measured on CPU).
+_PART_SIZE = 2**19
 # Tokens per group of the two-level searches; sqrt(V) is near the best for V = 32k..152k.
 _GROUP_SIZE = 128
 
@@ -145,6 +148,10 @@ def sample_plain(logits: Tensor, temperature: Tensor, uniform: Tensor) -> Tensor
 
     logits [N, V] f32, temperature and uniform [N] -> i64 [N].
     """
+    return torch.cat([_sample_plain_part(logits[p], temperature[p], uniform[p]) for p in _parts(logits)])
+
+
+def _sample_plain_part(logits: Tensor, temperature: Tensor, uniform: Tensor) -> Tensor:
     num_rows, vocab_size = logits.shape
     weights = torch.softmax(logits / temperature[:, None], -1)
     padding = -vocab_size % _GROUP_SIZE
@@ -158,6 +165,12 @@ def sample_plain(logits: Tensor, temperature: Tensor, uniform: Tensor) -> Tensor
     inside = groups.gather(1, group[:, :, None].expand(-1, -1, _GROUP_SIZE)).squeeze(1)
     offset = _first_above(inside.cumsum(-1), target - before)
     return (group * _GROUP_SIZE + offset).squeeze(1)
+
+
+def _parts(logits: Tensor) -> list[slice]:
+    """Slices of the rows of [N, V], each of about _PART_SIZE logits."""
+    num_rows = max(1, _PART_SIZE // logits.shape[1])
+    return [slice(start, start + num_rows) for start in range(0, logits.shape[0], num_rows)]
 
 
 def _first_above(cdf: Tensor, target: Tensor) -> Tensor:
@@ -177,7 +190,8 @@ def sample_filtered(logits: Tensor, temperature: Tensor, uniform: Tensor, filter
     total = None
     if bool(((filters.top_k >= vocab_size) & (filters.top_p < 1)).any()):
         # The sum of exp((logit - max) / temperature), through the largest probability: softmax is one fused pass.
-        total = torch.softmax(logits / temperature[:, None], -1).amax(-1).reciprocal()
+        largest = [torch.softmax(logits[p] / temperature[p, None], -1).amax(-1) for p in _parts(logits)]
+        total = torch.cat(largest).reciprocal()
     open_rows = torch.arange(num_rows, device=logits.device)
     for num_candidates in (*_NUM_CANDIDATES, vocab_size):
         if num_candidates * 4 > vocab_size:
@@ -259,6 +273,11 @@ def _largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def compute_logprobs(logits: Tensor, token_ids: Tensor, num_logprobs: int) -> Logprobs:
     """Logprobs of token_ids [Q] i64 under log_softmax(logits [Q, V]), and of the num_logprobs most likely tokens."""
+    parts = [_logprobs_part(logits[p], token_ids[p], num_logprobs) for p in _parts(logits)]
+    return Logprobs(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+def _logprobs_part(logits: Tensor, token_ids: Tensor, num_logprobs: int) -> Logprobs:
     logprobs = torch.log_softmax(logits, -1)
     given = token_ids[:, None]
     ranks = (logits > logits.gather(1, given)).sum(-1, dtype=torch.int32) + 1
