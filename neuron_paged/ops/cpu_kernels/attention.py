@@ -243,57 +243,58 @@ def _point_to_tile(rows: int, count: int, tile: int, pitch: int) -> None:
 
 
 @njit(**PART)
-def _run_item(a: int, item: int, row: int, scratch: int) -> None:
-    """Compute one item: load its query rows, go through its context, write the output or hand in a part."""
-    num_kv_heads = get_i64(a, A_NUM_KV_HEADS)
+def _locate(a: int, item: int) -> tuple[int, int, int, int, int, int, int, int]:
+    """Where an item lies: row, head, part, its query tokens (first, end), its context tokens (first, end), position of
+    its first query token."""
     num_seqs = get_i64(a, A_NUM_SEQS)
-    head_dim = get_i64(a, A_HEAD_DIM)
-    code = get_i64(a, A_CACHE_DTYPE)
-    group_size = get_i64(a, A_NUM_HEADS) // num_kv_heads
+    num_kv_heads = get_i64(a, A_NUM_KV_HEADS)
     plan = get_i64(a, A_PLAN)
+    row, above = 0, num_seqs  # the last row whose first item is not beyond this one
+    while above - row > 1:
+        middle = (row + above) // 2
+        if get_i64(plan, middle) <= item:
+            row = middle
+        else:
+            above = middle
+    item -= get_i64(plan, row)
     parts = get_i64(plan, num_seqs + 1 + row)
     head = item % num_kv_heads
     part = item // num_kv_heads % parts
     tile = item // (num_kv_heads * parts)
 
     start, end = query_range(a, row)
+    step = tile_tokens(get_i64(a, A_NUM_HEADS) // num_kv_heads)
+    tile_start = start + tile * step
+    tile_end = min(end, tile_start + step)
     context_len = get_i32(get_i64(a, A_CONTEXT_LENS), row)
-    tile_start = start + tile * tile_tokens(group_size)
-    tile_end = min(end, tile_start + tile_tokens(group_size))
-    num_rows = (tile_end - tile_start) * group_size
     first_position = context_len - (end - tile_start)
     first_token = first_visible(first_position, get_i64(a, A_SLIDING_WINDOW))
     last_token = context_len - (end - tile_end)
     part_tokens = (last_token - first_token + parts - 1) // parts
     first_token += part * part_tokens
-    last_token = min(last_token, first_token + part_tokens)
+    return (
+        row,
+        head,
+        part,
+        tile_start,
+        tile_end,
+        first_token,
+        min(last_token, first_token + part_tokens),
+        first_position,
+    )
 
-    padded_dim = (head_dim + MAX_LANES - 1) // MAX_LANES * MAX_LANES
-    tile_bytes = 4 * TILE_TOKENS * padded_dim
-    keys = scratch
-    values = keys + tile_bytes
-    scores = values + tile_bytes
-    key_rows = scores + 4 * BLOCK_ROWS * LONG_TILE_TOKENS
-    value_rows = key_rows + ROW_LIST_BYTES
-    next_key_rows = value_rows + ROW_LIST_BYTES
-    next_value_rows = next_key_rows + ROW_LIST_BYTES
-    queries = next_value_rows + ROW_LIST_BYTES
+
+@njit(**PART)
+def _attend_context(a: int, place: tuple[int, ...], lists: tuple[int, ...], tiles: tuple[int, ...]) -> None:
+    """Go through an item's context, tile by tile; the rows of what comes next are prefetched on the way."""
+    row, head, _, tile_start, tile_end, first_token, last_token, first_position = place
+    key_rows, value_rows, next_key_rows, next_value_rows = lists
+    queries, outputs, states, scores, keys, values, padded_dim = tiles
+    head_dim = get_i64(a, A_HEAD_DIM)
+    code = get_i64(a, A_CACHE_DTYPE)
+    group_size = get_i64(a, A_NUM_HEADS) // get_i64(a, A_NUM_KV_HEADS)
+    num_rows = (tile_end - tile_start) * group_size
     direct = num_rows <= MAX_DIRECT_ROWS
-    all_rows = whole_blocks(num_rows)
-    outputs = queries + 4 * all_rows * padded_dim
-    partials = np.int64(0)
-    if parts > 1:
-        part_bytes = 4 * all_rows * (padded_dim + STATE_FLOATS)
-        partials = get_i64(a, A_PARTIALS) + 4 * get_i64(plan, 2 * num_seqs + 1 + row) + head * parts * part_bytes
-        outputs = partials + part * part_bytes
-    states = outputs + 4 * all_rows * padded_dim
-
-    _load_rows(a, tile_start, num_rows, group_size, head, queries, outputs, states, padded_dim, part == 0)
-    if not direct and all_rows > num_rows:  # register blocks are computed whole: let the extra rows be zeros
-        zero_bytes(queries + 4 * num_rows * padded_dim, 4 * (all_rows - num_rows) * padded_dim)
-        zero_bytes(outputs + 4 * num_rows * padded_dim, 4 * (all_rows - num_rows) * padded_dim)
-        zero_bytes(states + 4 * num_rows * STATE_FLOATS, 4 * (all_rows - num_rows) * STATE_FLOATS)
-        zero_bytes(scores, 4 * BLOCK_ROWS * LONG_TILE_TOKENS)
     in_place = code == FP32 and head_dim == padded_dim
     step = LONG_TILE_TOKENS if direct and in_place else TILE_TOKENS
     buffers = (queries, outputs, states, scores, keys, padded_dim)
@@ -309,16 +310,55 @@ def _run_item(a: int, item: int, row: int, scratch: int) -> None:
         if not direct:
             load_keys(code, key_rows, width, head_dim, keys)
         elif not in_place:
-            load_rows(code, key_rows, width, head_dim, keys, padded_dim)
+            load_rows(code, key_rows, value_rows, width, head_dim, keys, padded_dim)
             _point_to_tile(key_rows, width, keys, padded_dim)
         if not in_place:
-            load_rows(code, value_rows, num_tokens, head_dim, values, padded_dim)
+            load_rows(code, value_rows, next_key_rows, num_tokens, head_dim, values, padded_dim)
             _point_to_tile(value_rows, num_tokens, values, padded_dim)
-        lists = (key_rows, value_rows, next_key_rows)
-        _attend_tile(a, head, num_rows, group_size, first_position, first_token, num_tokens, direct, lists, buffers)
+        rows = (key_rows, value_rows, next_key_rows)
+        _attend_tile(a, head, num_rows, group_size, first_position, first_token, num_tokens, direct, rows, buffers)
         key_rows, next_key_rows = next_key_rows, key_rows
         value_rows, next_value_rows = next_value_rows, value_rows
         first_token, num_tokens = next_token, next_tokens
+
+
+@njit(**PART)
+def _run_item(a: int, item: int, scratch: int) -> None:
+    """Compute one item: load its query rows, go through its context, write the output or hand in a part."""
+    place = _locate(a, item)
+    row, head, part, tile_start, tile_end, _, _, _ = place
+    num_seqs = get_i64(a, A_NUM_SEQS)
+    head_dim = get_i64(a, A_HEAD_DIM)
+    group_size = get_i64(a, A_NUM_HEADS) // get_i64(a, A_NUM_KV_HEADS)
+    plan = get_i64(a, A_PLAN)
+    parts = get_i64(plan, num_seqs + 1 + row)
+    num_rows = (tile_end - tile_start) * group_size
+    all_rows = whole_blocks(num_rows)
+
+    padded_dim = (head_dim + MAX_LANES - 1) // MAX_LANES * MAX_LANES
+    keys = scratch
+    values = keys + 4 * TILE_TOKENS * padded_dim
+    scores = values + 4 * TILE_TOKENS * padded_dim
+    key_rows = scores + 4 * BLOCK_ROWS * LONG_TILE_TOKENS
+    value_rows = key_rows + ROW_LIST_BYTES
+    lists = (key_rows, value_rows, value_rows + ROW_LIST_BYTES, value_rows + 2 * ROW_LIST_BYTES)
+    queries = key_rows + 4 * ROW_LIST_BYTES
+    outputs = queries + 4 * all_rows * padded_dim
+    partials = np.int64(0)
+    if parts > 1:
+        part_bytes = 4 * all_rows * (padded_dim + STATE_FLOATS)
+        partials = get_i64(a, A_PARTIALS) + 4 * get_i64(plan, 2 * num_seqs + 1 + row) + head * parts * part_bytes
+        outputs = partials + part * part_bytes
+    states = outputs + 4 * all_rows * padded_dim
+
+    _load_rows(a, tile_start, num_rows, group_size, head, queries, outputs, states, padded_dim, part == 0)
+    if num_rows > MAX_DIRECT_ROWS and all_rows > num_rows:
+        # Register blocks are computed whole: let the extra rows be zeros.
+        zero_bytes(queries + 4 * num_rows * padded_dim, 4 * (all_rows - num_rows) * padded_dim)
+        zero_bytes(outputs + 4 * num_rows * padded_dim, 4 * (all_rows - num_rows) * padded_dim)
+        zero_bytes(states + 4 * num_rows * STATE_FLOATS, 4 * (all_rows - num_rows) * STATE_FLOATS)
+        zero_bytes(scores, 4 * BLOCK_ROWS * LONG_TILE_TOKENS)
+    _attend_context(a, place, lists, (queries, outputs, states, scores, keys, values, padded_dim))
 
     if parts > 1:
         group = get_i64(plan, 3 * num_seqs + 1 + row) + head
@@ -334,22 +374,11 @@ def _run_item(a: int, item: int, row: int, scratch: int) -> None:
 def attention_worker(a: int) -> None:
     """Draw items until none is left; every thread runs this once with the same argument block."""
     worker = fetch_add(a, A_NEXT_WORKER, 1)
-    num_items = get_i64(a, A_NUM_ITEMS)
-    num_seqs = get_i64(a, A_NUM_SEQS)
-    plan = get_i64(a, A_PLAN)
     scratch = get_i64(a, A_SCRATCH) + worker * get_i64(a, A_WORKER_BYTES)
-    while True:
+    item = fetch_add(a, A_NEXT_ITEM, 1)
+    while item < get_i64(a, A_NUM_ITEMS):
+        _run_item(a, item, scratch)
         item = fetch_add(a, A_NEXT_ITEM, 1)
-        if item >= num_items:
-            return
-        low, high = 0, num_seqs  # the row whose items include this one
-        while high - low > 1:
-            middle = (low + high) // 2
-            if get_i64(plan, middle) <= item:
-                low = middle
-            else:
-                high = middle
-        _run_item(a, item - get_i64(plan, low), low, scratch)
 
 
 def attention_entries(digest: int, cache: bool) -> tuple[Any, Any]:

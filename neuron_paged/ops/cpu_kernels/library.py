@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled CPU kernels: builds each on first use, keeps them in numba's disk cache, owns per-thread workspaces.
 
-A kernel is two C functions of one int64 argument block: `plan` (checks index values, single thread) and `worker`.
+A kernel is two C functions of one int64 argument block: `plan` (checks index values, single thread; None if there are
+none) and `worker`.
 """
 
 import ctypes
@@ -21,7 +22,7 @@ _lock = threading.Lock()
 
 @dataclass(frozen=True)
 class Kernel:
-    """plan(arguments) -> 0 if all index values are in range; worker(arguments), to be run by every thread."""
+    """plan(arguments) -> 0 if all index values are in range, or None; worker(arguments), to be run by every thread."""
 
     plan: Any
     worker: Any
@@ -79,8 +80,9 @@ def build_kernel(make_entries: Callable[..., tuple[Any, Any]], functions: tuple[
             if name not in _linked:
                 _linked[name] = _cached(link, name, digest)
         entries = _cached(make_entries, digest)
-    plan = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(entries[0].address)
-    worker = ctypes.CFUNCTYPE(None, ctypes.c_int64)(entries[1].address)
+    plan, worker = entries
+    plan = None if plan is None else ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(plan.address)
+    worker = ctypes.CFUNCTYPE(None, ctypes.c_int64)(worker.address)
     return Kernel(plan, worker, entries)
 
 

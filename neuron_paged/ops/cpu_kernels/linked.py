@@ -18,7 +18,7 @@ from neuron_paged.ops.cpu_kernels.row_kernels import intrinsic
 
 _TYPES = {
     "load_row": [int64] * 4 + [float32],
-    "load_rows": [int64] * 6,
+    "load_rows": [int64] * 7,
     "store_row": [int64] * 4 + [float32],
     "load_keys": [int64] * 5,
     "rotate_row": [int64] * 4,
@@ -75,9 +75,9 @@ def _bodies(digest: int) -> dict[str, Any]:
         _ = digest
         rows.load_row(code, source, destination, count, scale)
 
-    def load_rows(code: int, row_list: int, num_tokens: int, head_dim: int, tile: int, pitch: int) -> None:
+    def load_rows(code: int, row_list: int, ahead: int, tokens: int, head_dim: int, tile: int, pitch: int) -> None:
         _ = digest
-        rows.load_rows(code, row_list, num_tokens, head_dim, tile, pitch)
+        rows.load_rows(code, row_list, ahead, tokens, head_dim, tile, pitch)
 
     def store_row(code: int, source: int, destination: int, count: int, divisor: float) -> None:
         _ = digest

@@ -63,11 +63,17 @@ def load_row(typingctx: Any, code: Any, source: Any, destination: Any, count: An
 
 def _emit_load_rows(code: int) -> Callable[..., None]:
     def body(
-        b: Builder, rows: ir.Value, num_tokens: ir.Value, head_dim: ir.Value, tile: ir.Value, pitch: ir.Value
+        b: Builder,
+        rows: ir.Value,
+        ahead: ir.Value,
+        num_tokens: ir.Value,
+        head_dim: ir.Value,
+        tile: ir.Value,
+        pitch: ir.Value,
     ) -> None:
         with v.counted_loop(b, I64(0), num_tokens, 1) as token:
             source = v.load(b, offset(b, rows, token, 8), I64)
-            later = v.load(b, offset(b, rows, b.add(token, I64(PREFETCH_TOKENS)), 8), I64)
+            later = v.load(b, offset(b, ahead, token, 8), I64)
             destination = offset(b, tile, b.mul(token, pitch), 4)
 
             def copy(index: ir.Value, lanes: int) -> None:
@@ -84,17 +90,19 @@ def _emit_load_rows(code: int) -> Callable[..., None]:
 
 
 @intrinsic
-def load_rows(typingctx: Any, code: Any, rows: Any, num_tokens: Any, head_dim: Any, tile: Any, pitch: Any) -> Any:
+def load_rows(
+    typingctx: Any, code: Any, rows: Any, ahead: Any, num_tokens: Any, head_dim: Any, tile: Any, pitch: Any
+) -> Any:
     """tile[t, :] (fp32, `pitch` apart, padded with zeros) = the row (type `code`) at address rows[t].
 
-    rows has PREFETCH_TOKENS more entries than num_tokens; those are prefetched only and may be any number.
+    ahead: addresses of rows of the same type needed next, prefetched meanwhile; they may be any number.
     """
 
     def emit(b: Builder, args: tuple[ir.Value, ...]) -> None:
-        functions = {c: v.define(b.module, f"load_rows_{c}", [I64] * 5, _emit_load_rows(c)) for c in DTYPE_CODES}
+        functions = {c: v.define(b.module, f"load_rows_{c}", [I64] * 6, _emit_load_rows(c)) for c in DTYPE_CODES}
         v.switch_call(b, args[0], functions, list(args[1:]))
 
-    return declare([types.int64] * 6, emit)
+    return declare([types.int64] * 7, emit)
 
 
 def _emit_store_row(code: int) -> Callable[..., None]:
