@@ -161,29 +161,21 @@ def _silu_and_mul_worker(a):
 
 
 def _rms_norm_entries(digest, cache):
-    @cfunc(int64(int64), cache=cache)
-    def plan(arguments):
-        return 0
-
     @cfunc(void(int64), cache=cache, error_model="numpy")
     def worker(arguments):
         _ = digest
         _rms_norm_worker(arguments)
 
-    return plan, worker
+    return None, worker
 
 
 def _silu_and_mul_entries(digest, cache):
-    @cfunc(int64(int64), cache=cache)
-    def plan(arguments):
-        return 0
-
     @cfunc(void(int64), cache=cache, error_model="numpy")
     def worker(arguments):
         _ = digest
         _silu_and_mul_worker(arguments)
 
-    return plan, worker
+    return None, worker
 
 
 @cached

@@ -178,6 +178,19 @@ def test_logits_match_transformers_half_precision(name, dtype, prepare, tmp_path
     check_against(reference, loaded.model, dtype)
 
 
+def test_logits_with_narrow_weights_equal_those_of_rounded_weights(tmp_path: Path) -> None:
+    """weight_dtype rounds the matrices once; everything else stays fp32."""
+    reference = make_reference("Llama", {})
+    reference.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path, progress=False, weight_dtype="bf16")
+    assert loaded.model.dtype == torch.float32
+    with torch.no_grad():
+        for name, weight in reference.named_parameters():
+            if weight.dim() == 2 and "embed" not in name:
+                weight.copy_(weight.bfloat16())
+    check_against(reference, loaded.model, torch.float32)
+
+
 def test_window_and_nope_layers_are_what_the_config_says() -> None:
     def config(name: str):
         family, options = CONFIGS[name]

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen3Config
 
-from neuron_paged.models import cpu_kernels, prepare_for_cpu
-from neuron_paged.models.linear import Linear, PackedLinear, can_pack_linear
+from neuron_paged.models import cpu_gemm, cpu_kernels, prepare_for_cpu
+from neuron_paged.models.linear import Linear
 from neuron_paged.models.llama import LlamaModel
-from neuron_paged.models.prepare_cpu import CpuRMSNorm, CpuSiluAndMul
+from neuron_paged.models.prepare_cpu import CpuRMSNorm, CpuSiluAndMul, PackedLinear
 from neuron_paged.models.registry import normalise_config
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -70,19 +70,65 @@ def test_rows_beyond_one_thread() -> None:
     check(cpu_kernels.rms_norm(x, torch.ones(300), 1e-5), F.rms_norm(x, (300,), None, 1e-5), exact)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [1, 3, 32, 130])
-def test_packed_linear(rows: int, bias: bool) -> None:
-    linear = Linear(72, 50, bias, dtype=torch.float32, device="cpu")
-    for seed, parameter in enumerate(linear.parameters()):
-        parameter.copy_(random(*parameter.shape, seed=seed))
-    x, residual = random(rows, 72, seed=7), random(rows, 50, seed=8)
-    packed = PackedLinear(linear.weight, linear.bias)
+def make_linear(inputs: int, outputs: int, bias: bool, dtype: torch.dtype, seed: int = 0) -> Linear:
+    linear = Linear(inputs, outputs, bias, dtype=dtype, device="cpu")
+    for offset, parameter in enumerate(linear.parameters()):
+        parameter.copy_(random(*parameter.shape, seed=seed + offset))
+    return linear
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 230), inputs=st.integers(1, 90), outputs=st.integers(1, 150), bias=st.booleans(),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_packed_linear(dtype: torch.dtype, rows: int, inputs: int, outputs: int, bias: bool, seed: int) -> None:
+    linear = make_linear(inputs, outputs, bias, dtype, seed)
+    x, residual = (random(rows, size, dtype=dtype, seed=seed + 5) for size in (inputs, outputs))
+    before = residual.clone()
+    packed = PackedLinear(linear, dtype)
     exact = F.linear(x.double(), linear.weight.double(), None if linear.bias is None else linear.bias.double())
     with torch.inference_mode():
         check(packed(x), linear(x), exact)
         check(packed(x, residual), linear(x, residual), exact + residual.double())
-    assert torch.equal(residual, random(rows, 50, seed=8))  # not added in place
+    assert torch.equal(residual, before)  # not added in place
+
+
+def test_packed_linear_long_sums_and_strided_rows() -> None:
+    """More inputs than one pass over a panel, rows and residual inside larger tensors, one column."""
+    linear = make_linear(2500, 70, False, torch.float32)
+    x, residual = random(45, 3 * 2500)[:, 2500:5000], random(45, 140, seed=3)[:, ::2]
+    exact = F.linear(x.double(), linear.weight.double()) + residual.double()
+    check(PackedLinear(linear, torch.float32)(x, residual), linear(x, residual), exact)
+    transposed = random(2500, 45).t()
+    check(PackedLinear(linear, torch.float32)(transposed), linear(transposed), linear.double()(transposed.double()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_packed_linear_stores_narrow_weights_and_computes_in_fp32(dtype: torch.dtype) -> None:
+    linear = make_linear(96, 64, True, torch.float32)
+    packed, x = PackedLinear(linear, dtype), random(9, 96, seed=4)
+    assert packed.packed.dtype == dtype
+    rounded = linear.weight.to(dtype)
+    exact = F.linear(x.double(), rounded.double(), linear.bias.double())
+    check(packed(x), F.linear(x, rounded.float(), linear.bias), exact)
+
+
+def test_packed_linear_keeps_rows_apart() -> None:
+    """NaN in one token's activations stays in that token's row, and results don't depend on the other rows."""
+    packed, x = PackedLinear(make_linear(40, 50, False, torch.float32), torch.float32), random(200, 40)
+    alone = torch.cat([packed(row[None]) for row in x])
+    assert torch.equal(packed(x), alone)
+    x[7] = torch.nan
+    got = packed(x)
+    assert got[7].isnan().all() and torch.equal(got[8:], alone[8:]) and torch.equal(got[:7], alone[:7])
+
+
+def test_packed_linear_refuses_wrong_width() -> None:
+    packed = cpu_gemm.pack_weight(random(8, 16), torch.float32)
+    with pytest.raises(ValueError, match=r"x: got \[2, 15\] torch.float32, need \[num_tokens, 16\] fp32"):
+        cpu_gemm.packed_linear(random(2, 15), packed, torch.zeros(cpu_gemm.PANEL), 8)
 
 
 def tiny_model(device: str = "cpu", dtype: torch.dtype = torch.float32) -> LlamaModel:
@@ -98,7 +144,7 @@ def test_prepare_for_cpu_replaces_layers_and_drops_their_weights() -> None:
     linears = [module for module in model.modules() if isinstance(module, Linear)]
     prepare_for_cpu(model)
     kinds = [type(module) for module in model.modules()]
-    assert can_pack_linear(torch.float32) == (kinds.count(PackedLinear) == len(linears) == 9)
+    assert kinds.count(PackedLinear) == len(linears) == 9
     assert kinds.count(CpuRMSNorm) == 9 and kinds.count(CpuSiluAndMul) == 2
     assert all(linear.weight is None for linear in linears)
     assert [name for name, _ in model.named_parameters()] == ["embed_tokens.weight", "rotary_emb.cos_sin_cache"]
@@ -113,7 +159,3 @@ def test_prepare_for_cpu_without_packed_linears() -> None:
 def test_prepare_for_cpu_refuses_other_devices() -> None:
     with pytest.raises(ValueError, match="got a model on meta, need one on the CPU"):
         prepare_for_cpu(tiny_model("meta"))
-
-
-def test_can_pack_linear_refuses_what_onednn_lacks() -> None:
-    assert not can_pack_linear(torch.float16) and not can_pack_linear(torch.float64)

@@ -87,6 +87,18 @@ def test_wrong_dtype_name(tmp_path: Path) -> None:
         load_model(tmp_path, dtype="int8")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight_dtype": "int4"}, "weight_dtype: got 'int4'"),
+        ({"weight_dtype": "bf16", "prepare": False}, "needs prepare"),
+    ],
+)
+def test_wrong_weight_dtype(tmp_path: Path, options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_model(tmp_path, **options)
+
+
 def test_resolve_paths(tmp_path: Path) -> None:
     file = tmp_path / "a.gguf"
     file.touch()
