@@ -89,11 +89,20 @@ def run_programs(machine: Machine, body: Callable[[Core], Any]) -> list[Any]:
                 pair.turn = 1 - core.index
                 pair.condition.notify_all()
 
-    threads = [threading.Thread(target=program, args=(core,), name=f"core{core.index}") for core in machine.cores]
+    # Daemons: after Ctrl-C in `join` the interpreter must not wait for a kernel that never ends.
+    threads = [
+        threading.Thread(target=program, args=(core,), name=f"core{core.index}", daemon=True) for core in machine.cores
+    ]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.join()
+    except BaseException as error:  # Ctrl-C: the programs end at their next meeting point or device loop
+        with pair.condition:
+            pair.failed = pair.failed or error
+            pair.condition.notify_all()
+        raise
     if pair.failed is not None:
         raise pair.failed
     return results
@@ -122,9 +131,12 @@ def _enter(core: Core, what: str) -> None:
 
 
 def _iterate(core: Core, what: str, n: int) -> None:
+    if core.machine.pair is not None and core.machine.pair.failed is not None:
+        raise DeadlockError("the other program of the pair failed")
     if n >= core.machine.max_iterations:
         raise DeadlockError(
-            f"{what}: more than {core.machine.max_iterations} iterations{at_line()}; raise max_iterations if intended"
+            f"{what}: more than {core.machine.max_iterations} iterations{at_line()}; "
+            "raise max_iterations (--max-loop-iterations) if intended"
         )
     core.record("loop_iteration", "sync", (), (), barrier=True)
 

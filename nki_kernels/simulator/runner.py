@@ -77,14 +77,17 @@ def launch(
     grid: Any,
     strict: bool,
     max_iterations: int = MAX_LOOP_ITERATIONS,
+    watch: Callable[[Machine], None] | None = None,
 ) -> Result:
-    """Run one kernel to its end."""
+    """Run one kernel to its end. `watch` gets the machine before the first instruction, to show progress."""
     if current_or_none() is not None:
         raise KernelError("a kernel is already running in this thread")
     func, own_grid = (kernel.func, kernel.grid) if isinstance(kernel, Kernel) else (kernel, None)
     shape = check_grid(own_grid if grid is None else grid, target)
     machine = Machine(target, 1 if shape is None else int(np.prod(shape)), strict, max_iterations)
     machine.grid = shape
+    if watch is not None:
+        watch(machine)
     arguments = Arguments()
     call_args = tuple(arguments.bind(value, f"args[{i}]") for i, value in enumerate(args))
     call_kwargs = {key: arguments.bind(value, key) for key, value in kwargs.items()}

@@ -81,4 +81,4 @@ def plot(report: "Report", path: Path) -> None:
         f"{report.generation.name}: {report.total_ns / 1e3:.1f} us, {report.timeline.dma_rate:.0f} GB/s DMA, "
         f"bound by {report.bound()}"
     )
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, format="png")
