@@ -26,6 +26,7 @@ PROGRAM = "neuron-paged"
 COMMANDS = {
     "generate": ("neuron_paged.cli.generate", "generate text from prompts"),
     "bench": ("neuron_paged.cli.bench", "benchmarks: throughput, latency, kv-utilisation, engine"),
+    "kernels": ("neuron_paged.cli.kernels", "NKI kernels: run in the simulator, calibrate, lint"),
     "doctor": ("neuron_paged.cli.doctor", "versions, devices, and which backend would be used and why"),
 }
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where results go: JSON files that appear whole or not at all, and plain-text tables."""
+"""Where results go: files that appear whole or not at all, and plain-text tables."""
 
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,26 @@ STDOUT = "-"
 
 def check_json_target(target: str | None) -> None:
     """Raise InvalidRequestError if `--json target` can't be written; called before any work is done."""
-    if target is None or target == STDOUT:
+    if target != STDOUT:
+        check_file_target("--json", target)
+
+
+def check_file_target(option: str, target: str | None) -> None:
+    """Raise InvalidRequestError if the file that `option` names can't be written. None: the option was not given."""
+    if target is None:
         return
     path = Path(target)
     if path.is_dir():
-        raise InvalidRequestError(f"--json: {target} is a folder, need the name of a file.")
+        raise InvalidRequestError(f"{option}: {target} is a folder, need the name of a file.")
     if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
-        raise InvalidRequestError(f"--json: {target} can't be written; give another file.")
+        raise InvalidRequestError(f"{option}: {target} can't be written; give another file.")
     try:
         # Made and removed on the spot: the one check that also covers read-only file systems.
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
             pass
     except OSError as error:
         raise InvalidRequestError(
-            f"--json: can't write to the folder of {target}: {error.strerror}; give another file."
+            f"{option}: can't write to the folder of {target}: {error.strerror}; give another file."
         ) from error
 
 
@@ -41,15 +47,17 @@ def write_json(target: str | None, document: Any) -> None:
     if target == STDOUT:
         sys.stdout.write(text)
         return
+    write_file("--json", target, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def write_file(option: str, target: str, save: Callable[[Path], object]) -> None:
+    """Have `save` write a temporary file beside `target`, then rename it: the file appears whole or not at all."""
     path = Path(target).resolve()  # through symbolic links, so that the rename does not replace the link
     temporary = None
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            temporary = file.name
-            file.write(text)
-            file.flush()
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            save(temporary)
             os.fsync(file.fileno())
         # A temporary file is private to its owner; the result follows the umask like any other new file.
         umask = os.umask(0)
@@ -58,10 +66,10 @@ def write_json(target: str | None, document: Any) -> None:
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
-        raise InvalidRequestError(f"--json: could not write {target}: {error.strerror}.") from error
+        raise InvalidRequestError(f"{option}: could not write {target}: {error.strerror}.") from error
     finally:
         if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
