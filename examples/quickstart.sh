@@ -11,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source .ci/venv.sh
 ensure_venv "$venv" demo || exit 2
 
-exec "$venv/bin/neuron-paged" generate --model demo --max-tokens 96 --temperature 0 \
-    --prompt "What does a KV cache do in a language model? Answer in two sentences." \
-    --prompt "Write a haiku about memory." \
-    --prompt "Name three uses of a block table."
+exec "$venv/bin/neuron-paged" generate --model demo --max-tokens 96 --temperature 0 --repetition-penalty 1.1 \
+    --prompt "Why do leaves turn yellow in autumn?" \
+    --prompt "Write a short poem about the sea." \
+    --prompt "What is the capital of France, and what is it known for?"

