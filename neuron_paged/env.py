@@ -5,6 +5,8 @@ Values are read when asked for, never at import, so that a program may set them 
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # Variables of other software that change what a run does; `neuron-paged doctor` shows them when they are set.
@@ -24,6 +26,17 @@ def cache_dir() -> Path:
 def child_environment(**overrides: str) -> dict[str, str]:
     """This process's environment with `overrides`, for a child process."""
     return {**os.environ, **overrides}
+
+
+@contextmanager
+def environment_kept() -> Iterator[None]:
+    """Undo, at the end, every change that the block makes to this process's environment."""
+    saved = {**os.environ}
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(saved)
 
 
 def reported_variables() -> dict[str, str]:

@@ -5,7 +5,6 @@ import argparse
 import contextlib
 import inspect
 import linecache
-import os
 import sys
 import threading
 import traceback
@@ -21,6 +20,7 @@ from neuron_paged.cli.kernel_arguments import parse_argument
 from neuron_paged.cli.kernel_check import Comparison, compare, named_values, reference_copy, tolerance_of
 from neuron_paged.cli.kernel_files import describe_failure, load_function, split_name
 from neuron_paged.cli.output import STDOUT, write_file, write_json
+from neuron_paged.env import environment_kept
 from neuron_paged.errors import InvalidRequestError
 from nki_kernels import simulator
 from nki_kernels.hardware import generation
@@ -54,7 +54,8 @@ def run_kernel(args: argparse.Namespace) -> int:
     split_name(args.kernel)  # a missing file is reported before anything runs
     if args.check is not None:
         split_name(args.check)
-    with simulator.as_nki(target=target), _environment_kept():
+    # Kernel files may set NEURON_PLATFORM_TARGET_OVERRIDE for themselves; --target has been decided before.
+    with simulator.as_nki(target=target), environment_kept():
         with contextlib.redirect_stdout(sys.stderr if args.json == STDOUT else sys.stdout):
             result = _run(args, target)
     if args.json != STDOUT:
@@ -146,17 +147,6 @@ def _check(
         compare(name, actual.get(name), expected.get(name), args.tolerance or tolerance_of(actual.get(name), inputs))
         for name in {**expected, **actual}
     ]
-
-
-@contextlib.contextmanager
-def _environment_kept() -> Iterator[None]:
-    """Kernel files may set NEURON_PLATFORM_TARGET_OVERRIDE for themselves; --target has been decided before."""
-    saved = {**os.environ}
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(saved)
 
 
 @contextlib.contextmanager
