@@ -15,9 +15,11 @@ import torch
 
 from neuron_paged.bench.workload import Workload
 from neuron_paged.models.config import ModelConfig
+from neuron_paged.models.linear import Linear
+from neuron_paged.models.llama import LlamaModel
+from neuron_paged.models.prepare_cpu import PackedLinear
 
 _GEMM_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-_PACK_FOR_ROWS = 32
 # Weights to cycle through so that every product reads them from memory, as in a real step: several last-level caches.
 _OUT_OF_CACHE_BYTES = 256 * 2**20
 
@@ -36,7 +38,7 @@ def workload_flops(config: ModelConfig, workload: Workload) -> float:
 
 
 def best_flops_per_second(config: ModelConfig, dtype: torch.dtype) -> float:
-    """The best rate of three large matrix products: a square one, and two of this model's shapes."""
+    """The best rate of three large matrix products (a square one, two of this model's shapes), ours or torch's."""
     shapes = (
         (1024, 2048, 2048),
         (512, config.hidden_size, 2 * config.intermediate_size),
@@ -45,18 +47,17 @@ def best_flops_per_second(config: ModelConfig, dtype: torch.dtype) -> float:
     best = 0.0
     with torch.inference_mode():
         for m, k, n in shapes:
-            x = torch.randn(m, k).to(dtype)
-            multiply = _multiplier(torch.randn(n, k).to(dtype), m)
-            best = max(best, 2.0 * m * k * n / _best_seconds(partial(multiply, x), 0.4))
+            x, weight = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
+            for multiply in (_multiplier(weight, dtype), partial(torch.nn.functional.linear, weight=weight)):
+                best = max(best, 2.0 * m * k * n / _best_seconds(partial(multiply, x), 0.3))
     return best
 
 
-def _multiplier(weight: torch.Tensor, num_rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """x·wᵀ through the packed product where this torch has it, else the plain one."""
-    if weight.dtype == torch.float32 and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, num_rows)
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-    return lambda x: torch.nn.functional.linear(x, weight)
+def _multiplier(weight: torch.Tensor, stored: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    """x·wᵀ as the engine computes it: PackedLinear over weights of type `stored`."""
+    linear = Linear(weight.shape[1], weight.shape[0], False, dtype=weight.dtype, device="cpu")
+    linear.weight.copy_(weight)
+    return PackedLinear(linear, stored)
 
 
 def _best_seconds(call: Callable[[], object], budget_s: float) -> float:
@@ -70,14 +71,14 @@ def _best_seconds(call: Callable[[], object], budget_s: float) -> float:
     return best
 
 
-def gemm_seconds(
-    config: ModelConfig, dtype: torch.dtype, step_tokens: Iterable[int], step_logits: Iterable[int]
-) -> float:
+def gemm_seconds(model: LlamaModel, step_tokens: Iterable[int], step_logits: Iterable[int]) -> float:
     """Seconds the linear layers alone need for steps of these sizes: timed at powers of two, interpolated between.
 
     step_tokens: tokens of each step; step_logits: rows each step puts through the head. The layers are of the model's
     shapes (query, key and value as one product, gate and up as one) and so many that no cache holds them.
     """
+    config, dtype = model.config, model.dtype
+    stored = dtype if isinstance(model.lm_head, Linear) else model.lm_head.packed.dtype
     hidden, inner = config.hidden_size, config.intermediate_size
     attention = config.num_heads * config.head_dim
     shapes = [
@@ -86,20 +87,22 @@ def gemm_seconds(
         (hidden, 2 * inner),
         (inner, hidden),
     ]
-    layer_bytes = sum(k * n for k, n in shapes) * dtype.itemsize
+    layer_bytes = sum(k * n for k, n in shapes) * stored.itemsize
     num_timed = min(config.num_layers, -(-_OUT_OF_CACHE_BYTES // layer_bytes))
-    body = _interpolated(shapes * num_timed, dtype, step_tokens) * config.num_layers / num_timed
-    return body + _interpolated([(hidden, config.vocab_size)], dtype, step_logits)
+    body = _interpolated(shapes * num_timed, dtype, stored, step_tokens) * config.num_layers / num_timed
+    return body + _interpolated([(hidden, config.vocab_size)], dtype, stored, step_logits)
 
 
-def _interpolated(shapes: list[tuple[int, int]], dtype: torch.dtype, sizes: Iterable[int]) -> float:
+def _interpolated(
+    shapes: list[tuple[int, int]], dtype: torch.dtype, stored: torch.dtype, sizes: Iterable[int]
+) -> float:
     """Seconds of one pass through weights of these (inputs, outputs), summed over `sizes` rows."""
     counts = Counter(size for size in sizes if size > 0)
     top = max(counts, default=1)
     grid = [size for size in _GEMM_SIZES if size < top] + [top]
     seconds = []
     with torch.inference_mode():
-        layers = [(k, _multiplier(torch.randn(n, k).to(dtype), _PACK_FOR_ROWS)) for k, n in shapes]
+        layers = [(k, _multiplier(torch.randn(n, k).to(dtype), stored)) for k, n in shapes]
         for size in grid:
             inputs = {k: torch.randn(size, k).to(dtype) for k, _ in layers}
 

@@ -4,7 +4,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,19 +14,20 @@ from neuron_paged.engine.batch import Batch
 from neuron_paged.engine.executor import Executor, StepResult
 from neuron_paged.models import step as step_module
 from neuron_paged.models.llama import LlamaModel
+from neuron_paged.models.prepare_cpu import CpuRMSNorm, CpuSiluAndMul, PackedLinear
 
-HEAD, SAMPLING = "output head", "sampling"
-OTHER_OPS, OUTSIDE_OPS = "norms, activations, copies", "Python and dispatch in the step"
+HEAD, SAMPLING, LINEAR, ROWS = "output head", "sampling", "linear layers", "norms and activations"
+OTHER_OPS, OUTSIDE_OPS = "copies and other operators", "Python and dispatch in the step"
 _OPS = {
     "neuron_paged::attention": "attention",
     "neuron_paged::reshape_and_cache": "KV cache write",
     "neuron_paged::rotary_embedding": "rotary embedding",
-    "mkldnn::_linear_pointwise": "linear layers",
-    "mkldnn::_linear_pointwise.binary": "linear layers",
-    "aten::linear": "linear layers",
-    "aten::addmm": "linear layers",
-    "aten::mm": "linear layers",
-    "aten::matmul": "linear layers",
+    "aten::linear": LINEAR,
+    "aten::addmm": LINEAR,
+    "aten::mm": LINEAR,
+    "aten::matmul": LINEAR,
+    LINEAR: LINEAR,
+    ROWS: ROWS,
 }
 
 
@@ -52,7 +53,7 @@ class ProfilingExecutor:
             wall = time.perf_counter() - start
         in_ops = 0.0
         for event in profiler.events() or ():
-            if event.name in (HEAD, SAMPLING) or event.name.startswith("[memory]"):
+            if event.name in (HEAD, SAMPLING) or event.name.startswith("[memory]"):  # their operators count
                 continue
             seconds = event.self_cpu_time_total / 1e6
             self.seconds[_category(event)] += seconds
@@ -81,21 +82,31 @@ def _category(event: Any) -> str:
 
 @contextmanager
 def named_ranges(model: LlamaModel) -> Iterator[None]:
-    """While open, the model's output head and the sampler show up as ranges of their own in a profile."""
-    plain_head, plain_sample = model.compute_logits, step_module.sample
+    """While open, what is not an operator shows up in a profile too: the output head, the sampler, the model's own CPU
+    layers."""
+    with ExitStack() as stack:
+        stack.enter_context(_in_range(model, "compute_logits", HEAD))
+        stack.enter_context(_in_range(step_module, "sample", SAMPLING))
+        for layer, name in ((PackedLinear, LINEAR), (CpuRMSNorm, ROWS), (CpuSiluAndMul, ROWS)):
+            stack.enter_context(_in_range(layer, "forward", name))
+        yield
 
-    def head(*args: Any, **kwargs: Any) -> Any:
-        with record_function(HEAD):
-            return plain_head(*args, **kwargs)
 
-    def sampling(*args: Any, **kwargs: Any) -> Any:
-        with record_function(SAMPLING):
-            return plain_sample(*args, **kwargs)
+@contextmanager
+def _in_range(owner: Any, name: str, label: str) -> Iterator[None]:
+    """While open, calls of owner.name lie in a range of the profile called `label`."""
+    is_own = name in vars(owner)
+    plain = getattr(owner, name)
 
-    model.compute_logits = head  # type: ignore[method-assign]
-    step_module.sample = sampling
+    def labelled(*args: Any, **kwargs: Any) -> Any:
+        with record_function(label):
+            return plain(*args, **kwargs)
+
+    setattr(owner, name, labelled)
     try:
         yield
     finally:
-        del model.compute_logits  # the instance's attribute; the class's method shows again
-        step_module.sample = plain_sample
+        if is_own:
+            setattr(owner, name, plain)
+        else:  # the instance's attribute goes, the class's method shows again
+            delattr(owner, name)

@@ -125,9 +125,7 @@ def _floor(llm: LLM, workload: Workload, runs: list[EngineRun]) -> dict[str, flo
     rate = best_flops_per_second(model.config, model.dtype)
     wall = median(run.wall_s for run in runs)
     steps = runs[0].steps
-    gemm = gemm_seconds(
-        model.config, model.dtype, [step.num_tokens for step in steps], [step.num_logits for step in steps]
-    )
+    gemm = gemm_seconds(model, [step.num_tokens for step in steps], [step.num_logits for step in steps])
     return {
         "workload_tflop": flops / 1e12,
         "best_gflops_per_s": rate / 1e9,

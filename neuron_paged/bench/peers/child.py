@@ -30,6 +30,15 @@ def reply(**message: Any) -> None:
     os.write(_protocol_fd, (json.dumps(message) + "\n").encode())
 
 
+def peak_rss_mib() -> float:
+    """Largest resident set of this process so far; ru_maxrss would count the parent's at the fork."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as status:
+            return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def main() -> int:
     """Serve the protocol on stdin and stdout."""
     job = json.loads(sys.stdin.readline())
@@ -42,8 +51,7 @@ def main() -> int:
             start = time.perf_counter()
             outputs, times = generate(job["requests"])
             wall = time.perf_counter() - start
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            reply(wall_s=wall, outputs=outputs, token_times_s=times, peak_rss_mib=peak)
+            reply(wall_s=wall, outputs=outputs, token_times_s=times, peak_rss_mib=peak_rss_mib())
     except Exception as error:
         reply(error=f"{type(error).__name__}: {error}")
         return 1
