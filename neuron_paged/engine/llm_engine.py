@@ -21,11 +21,17 @@ from neuron_paged.engine.metrics import STEP_PHASES, EngineMetrics
 from neuron_paged.engine.outputs import RequestOutput
 from neuron_paged.engine.prompts import Prompt, parse_prompt
 from neuron_paged.engine.request import Completion, Request, TokenizerView
+from neuron_paged.engine.request_checks import (
+    check_arrival_time,
+    check_cache_salt,
+    check_priority,
+    check_sampling_params,
+)
 from neuron_paged.engine.sampling import SamplingParams
 from neuron_paged.engine.sampling_state import SamplingState
 from neuron_paged.engine.scheduler import Scheduler, SchedulerOutput
 from neuron_paged.engine.sequence import Sequence, SequenceStatus
-from neuron_paged.errors import InvalidRequestError, InvalidSamplingParamsError, StepError
+from neuron_paged.errors import InvalidRequestError, StepError
 
 _DECODED_TOKENS_KEPT = 65536
 
@@ -84,11 +90,16 @@ class LLMEngine:
             raise InvalidRequestError(f"request_id: got {request_id!r}, need a string.")
         if request_id in self._requests:
             raise InvalidRequestError(f"request_id: got {request_id!r} of an unfinished request, need a new one.")
-        if isinstance(priority, bool) or not isinstance(priority, int):
-            raise InvalidRequestError(f"priority: got {priority!r}, need an integer.")
-        self._check_params(params)
+        check_priority(priority)
+        check_cache_salt(cache_salt)
+        arrival_time = time.perf_counter() if arrival_time is None else check_arrival_time(arrival_time)
+        check_sampling_params(
+            params,
+            vocab_size=self.vocab_size,
+            has_tokenizer=self.tokenizer is not None,
+            max_num_seqs=self.config.scheduler.max_num_seqs,
+        )
         parsed = parse_prompt(prompt, self.tokenizer, self.vocab_size)
-        arrival_time = time.perf_counter() if arrival_time is None else arrival_time
         sequence = Sequence(
             request_id,
             parsed.token_ids,
@@ -316,27 +327,6 @@ class LLMEngine:
         return [request.output() for request in requests.values()]
 
     # -- parameters ---------------------------------------------------------------------------------------------------
-
-    def _check_params(self, params: SamplingParams) -> None:
-        if not isinstance(params, SamplingParams):
-            raise InvalidSamplingParamsError(f"sampling_params: got {type(params).__name__}, need SamplingParams.")
-        for name, token_ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids)):
-            for token_id in token_ids:
-                if token_id >= self.vocab_size:
-                    raise InvalidSamplingParamsError(
-                        f"SamplingParams.{name}: got token id {token_id}, need at most {self.vocab_size - 1} (the "
-                        "model's vocabulary)."
-                    )
-        if params.stop and self.tokenizer is None:
-            raise InvalidSamplingParamsError(
-                f"SamplingParams.stop: got {list(params.stop)!r} but the model has no tokenizer, need stop_token_ids."
-            )
-        if params.num_samples > self.config.scheduler.max_num_seqs:
-            name = "n" if params.best_of is None else "best_of"
-            raise InvalidSamplingParamsError(
-                f"SamplingParams.{name}: got {params.num_samples}, need at most max_num_seqs = "
-                f"{self.config.scheduler.max_num_seqs}."
-            )
 
     def _end_token_ids(self, params: SamplingParams) -> tuple[int, ...]:
         eos = () if params.ignore_eos else self.eos_token_ids

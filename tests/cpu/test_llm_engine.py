@@ -421,6 +421,12 @@ def test_wrong_result_of_an_executor_is_an_error(result):
         ([1], SamplingParams(stop_token_ids=[999]), {}, InvalidSamplingParamsError, "stop_token_ids: got token id 999"),
         ([1], {"temperature": 1}, {}, InvalidSamplingParamsError, "sampling_params: got dict"),
         ([1], None, {"priority": 1.5}, InvalidRequestError, "priority: got 1.5"),
+        ([1], None, {"cache_salt": 123}, InvalidRequestError, "cache_salt: got 123, need a string"),
+        ([1], None, {"arrival_time": "now"}, InvalidRequestError, "arrival_time: got 'now', need a finite number"),
+        ([1], None, {"arrival_time": True}, InvalidRequestError, "arrival_time: got True"),
+        ([1], None, {"arrival_time": float("nan")}, InvalidRequestError, "arrival_time: got nan"),
+        ([1], None, {"arrival_time": -float("inf")}, InvalidRequestError, "arrival_time: got -inf"),
+        ([1], None, {"arrival_time": 10**5000}, InvalidRequestError, "arrival_time: got inf"),
     ],
 )
 def test_bad_request_is_refused_and_changes_nothing(tokenizer, prompt, params, options, error, message):
