@@ -110,13 +110,13 @@ class LLMEngine:
             num_samples=params.num_samples,
             needs_prompt_logprobs=params.prompt_logprobs is not None,
         )
-        self.scheduler.add(sequence)
         max_total = self.scheduler.max_sequence_tokens
         if params.max_tokens is not None:
             max_total = min(max_total, len(parsed.token_ids) + params.max_tokens)
         request = Request(
             request_id,
             parsed.text,
+            parsed.token_ids,
             params,
             sequence,
             end_token_ids=frozenset(self._end_token_ids(params)),
@@ -124,9 +124,18 @@ class LLMEngine:
             tokenizer=self._tokenizer_view(params.skip_special_tokens),
             arrival_time=arrival_time,
         )
-        self._requests[request_id] = request
-        self._completions[sequence.seq_id] = request.completions[0]
-        self.metrics.num_requests_received += 1
+        # Last, when nothing that a caller or tokenizer supplied can fail any more: the scheduler may hold no sequence
+        # whose request is unknown.
+        try:
+            self.scheduler.add(sequence)
+            self._requests[request_id] = request
+            self._completions[sequence.seq_id] = request.completions[0]
+            self.metrics.num_requests_received += 1
+        except BaseException:
+            self.scheduler.abort(request_id)
+            self._requests.pop(request_id, None)
+            self._completions.pop(sequence.seq_id, None)
+            raise
 
     def abort_request(self, request_id: str | Iterable[str]) -> list[RequestOutput]:
         """End requests at once and free their blocks; their last outputs, finish_reason "abort". Unknown ids are

@@ -164,13 +164,15 @@ class Completion:
 class Request:
     """One request: its parameters and its completions (best_of of them once the prompt is finished).
 
-    end_token_ids: ids that end a completion. max_total_tokens: prompt and output of one completion.
+    prompt_token_ids: a list of its own, for its outputs: the sequences' lists are never handed out. end_token_ids: ids
+    that end a completion. max_total_tokens: prompt and output of one completion.
     """
 
     def __init__(
         self,
         request_id: str,
         prompt: str | None,
+        prompt_token_ids: list[int],
         params: SamplingParams,
         leader: Sequence,
         *,
@@ -181,6 +183,7 @@ class Request:
     ) -> None:
         self.request_id = request_id
         self.prompt = prompt
+        self.prompt_token_ids = prompt_token_ids
         self.params = params
         self.end_token_ids = end_token_ids
         self.max_total_tokens = max_total_tokens
@@ -236,16 +239,16 @@ class Request:
         outputs = [completion.output(kind) for completion in completions]
         if kind is RequestOutputKind.DELTA:
             outputs = [o for o in outputs if o.token_ids or o.text or o.finish_reason]
-        prompt_logprobs = self.prompt_logprobs
+        times, prompt_logprobs = self.metrics, self.prompt_logprobs
         if prompt_logprobs is not None and len(prompt_logprobs) < self.leader.num_prompt_tokens:
             prompt_logprobs = None
         return RequestOutput(
             self.request_id,
             self.prompt,
-            self.leader.prompt_token_ids,
+            self.prompt_token_ids,
             outputs,
             finished,
-            prompt_logprobs,
+            None if prompt_logprobs is None else list(prompt_logprobs),
             self.leader.num_cached_tokens,
-            self.metrics,
+            RequestMetrics(times.arrival_time, times.first_token_time, times.finished_time),
         )

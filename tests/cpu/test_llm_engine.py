@@ -391,6 +391,48 @@ def test_failure_outside_the_executor_ends_all_requests(tokenizer, error):
     assert run(engine)["a"].outputs[0].token_ids == expected_output([1, 2], params, 200)
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_interrupted_add_request_leaves_nothing_behind(tokenizer, error):
+    class Failing:
+        """A tokenizer that can't decode the context of one prompt."""
+
+        def decode(self, ids, **options):
+            if 9 in ids:
+                raise error("no such text")
+            return tokenizer.decode(ids, **options)
+
+    engine = make_engine(Failing())
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
+    engine.add_request("a", [1, 2], params)
+    with pytest.raises(error):
+        engine.add_request("b", [9, 9, 9], SamplingParams())
+    assert engine.num_unfinished_requests == 1 and engine.scheduler.num_waiting == 1
+    finished = run(engine)
+    assert finished["a"].outputs[0].token_ids == expected_output([1, 2], params, 200)
+    assert_all_free(engine)
+
+
+def test_changing_an_output_changes_nothing_in_the_engine():
+    engine = make_engine()
+    kind = RequestOutputKind.CUMULATIVE
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, output_kind=kind)
+    prompt = [1, 2, 3]
+    engine.add_request("a", prompt, params)
+    engine.add_request("n", [4] * 20, SamplingParams(n=2, seed=1, max_tokens=20, ignore_eos=True, output_kind=kind))
+    finished = {}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            finished[output.request_id] = [list(c.token_ids) for c in output.outputs]
+            output.prompt_token_ids += output.outputs[0].token_ids
+            output.outputs[0].token_ids.append(7)
+            output.metrics.arrival_time = None
+        engine.scheduler.check_integrity()
+    assert prompt == [1, 2, 3] and finished["a"] == [expected_output(prompt, params, 200)]
+    sampled = SamplingParams(n=2, seed=1, max_tokens=20, ignore_eos=True)
+    assert finished["n"] == [expected_output([4] * 20, sampled, 200, index) for index in range(2)]
+    assert_all_free(engine)
+
+
 @pytest.mark.parametrize(
     "result", [np.array([], np.int32), np.array([VOCAB_SIZE], np.int32), np.array([-1], np.int32)]
 )
