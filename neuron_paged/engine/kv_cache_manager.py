@@ -67,6 +67,26 @@ class KVCacheManager:
             needed += min(count, self.device.ref_count(block_id) - 1)
         return needed
 
+    def num_blocks_for_all_tokens(self, sequences: Iterable[Sequence]) -> int:
+        """Blocks needed so that each of these running sequences can compute all its present tokens, exactly."""
+        decodes: list[Sequence] = []
+        needed = 0
+        for sequence in sequences:
+            if sequence.num_tokens - sequence.num_computed_tokens == 1:
+                decodes.append(sequence)
+            else:  # the last block of a prefill is never shared
+                needed += self.num_blocks_of(sequence.num_tokens) - len(sequence.block_ids)
+        return needed + self.num_blocks_for_one_token(decodes)
+
+    def num_blocks_freed_by(self, victims: Iterable[Sequence], hits: list[int]) -> int:
+        """Blocks that would become free without these running sequences, which nobody else holds, and beside `hits`,
+        which the sequence that asks takes itself."""
+        holders = Counter(block_id for sequence in victims for block_id in sequence.block_ids)
+        taken = set(hits)
+        return sum(
+            count == self.device.ref_count(block_id) and block_id not in taken for block_id, count in holders.items()
+        )
+
     def num_tokens_within(self, sequence: Sequence, num_blocks: int) -> int:
         """Tokens this running prefill can compute with so many more blocks (its last block is never shared)."""
         return (len(sequence.block_ids) + num_blocks) * self.block_size - sequence.num_computed_tokens

@@ -141,11 +141,11 @@ class Scheduler:
         if not siblings:
             del self._requests[sequence.request_id]
 
-    def abort(self, request_id: str) -> list[Sequence]:
-        """End all unfinished sequences of a request as FINISHED_ABORTED; they are returned, none if it is unknown."""
+    def abort(self, request_id: str, status: SequenceStatus = SequenceStatus.FINISHED_ABORTED) -> list[Sequence]:
+        """End all unfinished sequences of a request; they are returned, none if it is unknown."""
         aborted = list(self._requests.get(request_id, ()))
         for sequence in aborted:
-            self.finish(sequence, SequenceStatus.FINISHED_ABORTED)
+            self.finish(sequence, status)
         return aborted
 
     # -- a step -------------------------------------------------------------------------------------------------------
@@ -251,17 +251,21 @@ class Scheduler:
             self._running.remove(sequence)
 
     def _preempt_for_head(self, output: SchedulerOutput) -> None:
-        """Policy "priority": if preempting less urgent sequences makes room for the head of the queue, do so."""
+        """Policy "priority": if preempting less urgent sequences lets the head of the queue start now, do so."""
         head = self._queue.head()
         if head is None:
             return
-        victims = [s for s in self._running if s.priority > head.priority]
-        num_freed = sum(len(s.block_ids) for s in victims)
-        if self._find_room(head, sum(s.num_samples for s in victims), num_freed) is None:
+        num_victims = sum(s.priority > head.priority for s in self._running)  # they come last
+        others = self._running[: len(self._running) - num_victims]
+        # What the others compute in this step comes before the head.
+        num_tokens = sum(s.num_tokens - s.num_computed_tokens for s in others)
+        if num_victims == 0 or num_tokens >= self.config.max_num_batched_tokens:
             return
-        while victims and self._find_room(head) is None:
-            self._preempt_last(output)
-            victims.pop()
+        num_claimed = self.kv_cache.num_blocks_for_all_tokens(others)
+        if self._find_room(head, num_victims, num_claimed) is not None:
+            while num_victims > 0 and self._find_room(head, 0, num_claimed) is None:
+                self._preempt_last(output)
+                num_victims -= 1
 
     def _split_running(self) -> tuple[list[ScheduledSequence], list[Sequence], list[Sequence]]:
         """Running sequences as decodes with a slot for their token, decodes without one of their own, and prefills.
@@ -357,19 +361,23 @@ class Scheduler:
 
     # -- helpers ------------------------------------------------------------------------------------------------------
 
-    def _find_room(self, head: Sequence, num_extra_places: int = 0, num_extra_blocks: int = 0) -> list[int] | None:
+    def _find_room(self, head: Sequence, num_victims: int = 0, num_claimed: int = 0) -> list[int] | None:
         """Prefix-cache hits of a queued sequence, or None if its samples and present tokens don't fit now.
 
-        num_extra_places, num_extra_blocks: assume that so many more are free.
+        Supposing that the last num_victims running sequences were gone and num_claimed free blocks taken.
         """
-        num_places = self.config.max_num_seqs + num_extra_places - head.num_samples
-        if len(self._running) > num_places or sum(s.num_samples for s in self._running) > num_places:
+        running, victims = self._running, self._running[len(self._running) - num_victims :]
+        if victims:
+            running = running[:-num_victims]
+        num_places = self.config.max_num_seqs - head.num_samples
+        if len(running) > num_places or sum(s.num_samples for s in running) > num_places:
             return None
         kv_cache = self.kv_cache
         hits, num_unreferenced = kv_cache.find_prefix(head)
         num_needed = kv_cache.num_blocks_of(head.num_tokens) - len(hits) + num_unreferenced
-        num_kept = self._watermark_blocks if self._running else 0
-        return hits if num_needed + num_kept <= kv_cache.device.num_free_blocks + num_extra_blocks else None
+        num_kept = self._watermark_blocks if running else 0
+        num_free = kv_cache.device.num_free_blocks - num_claimed + kv_cache.num_blocks_freed_by(victims, hits)
+        return hits if num_needed + num_kept <= num_free else None
 
     def _preempt_last(self, output: SchedulerOutput) -> None:
         """Take the blocks of the running sequence that comes last, and queue it again."""

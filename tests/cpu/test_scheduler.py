@@ -313,6 +313,58 @@ def test_priority_preempts_nobody_if_that_makes_too_little_room():
     assert scheduler.num_running == 2
 
 
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_priority_preempts_nobody_for_blocks_that_others_share(preemption):
+    """Four samples of a prompt hold its blocks once: the head's 19 of 29 don't come free beside the watermark's."""
+    scheduler = make_scheduler(num_blocks=30, num_swap_blocks=30, policy="priority", preemption=preemption)
+    urgent = add(scheduler, 64, priority=0)
+    step(scheduler)
+    family = fork(scheduler, 40, 4, priority=9)
+    for sequence in family:
+        assert len(sequence.block_ids) == 5
+    head = add(scheduler, 150, priority=1)
+    for _ in range(3):
+        assert not step(scheduler).preempted
+    assert head.status is SequenceStatus.WAITING
+    scheduler.finish(urgent, SequenceStatus.FINISHED_STOPPED)
+    assert set(step(scheduler).preempted) == set(family)
+    assert head.status is SequenceStatus.RUNNING
+
+
+def test_priority_counts_no_block_as_freed_that_the_head_takes_from_the_prefix_cache():
+    scheduler = make_scheduler(num_blocks=13, prefix=True, policy="priority")  # 12 usable, watermark 1
+    urgent, low = add(scheduler, 15, priority=0), add(scheduler, 40, priority=9)
+    step(scheduler)
+    assert (len(urgent.block_ids), len(low.block_ids)) == (2, 5)
+    head = Sequence("begins like low", low.prompt_token_ids + [1] * 50, priority=1)  # 12 blocks, of them 5 hits
+    scheduler.add(head)
+    assert not step(scheduler).preempted
+    assert head.status is SequenceStatus.WAITING and low.status is SequenceStatus.RUNNING
+
+
+def test_priority_prompt_that_needs_the_whole_cache_preempts_everybody():
+    scheduler = make_scheduler(num_blocks=41, policy="priority", max_num_batched_tokens=512)
+    low = [add(scheduler, 15, priority=9) for _ in range(3)]
+    step(scheduler)
+    urgent = add(scheduler, 40 * BLOCK_SIZE, priority=0)  # with the watermark it would never fit
+    output = step(scheduler)
+    assert set(output.preempted) == set(low)
+    assert rows(output) == [(urgent, 320, 1)]
+
+
+def test_priority_preempts_nobody_while_the_head_could_not_start_anyway():
+    """Running prefills come first: they take the budget, then the blocks."""
+    scheduler = make_scheduler(num_blocks=21, policy="priority", max_num_batched_tokens=32)  # 20 usable, watermark 1
+    low = add(scheduler, 8, priority=9)
+    step(scheduler)
+    running = add(scheduler, 100, priority=0)
+    step(scheduler)
+    head = add(scheduler, 60, priority=1)  # 8 blocks; 13 go to the running prefill
+    while running.num_computed_tokens < 100:
+        assert not step(scheduler).preempted
+    assert (low.status, head.status) == (SequenceStatus.RUNNING, SequenceStatus.WAITING)
+
+
 def test_prefill_that_comes_last_waits_in_its_place_when_blocks_run_out():
     """It is not preempted for its own next block, keeps what it computed, and no one is admitted before it goes on."""
     scheduler = make_scheduler(num_blocks=7, max_num_batched_tokens=2)
@@ -350,11 +402,13 @@ def test_two_growing_sequences_do_not_preempt_each_other_in_turns():
 # -- forks -------------------------------------------------------------------------------------------------------------
 
 
-def fork(scheduler: Scheduler, num_tokens: int, num_samples: int) -> list[Sequence]:
-    leader = add(scheduler, num_tokens, num_samples=num_samples)
+def fork(scheduler: Scheduler, num_tokens: int, num_samples: int, **options) -> list[Sequence]:
+    leader = add(scheduler, num_tokens, num_samples=num_samples, **options)
     output = scheduler.schedule()
-    assert rows(output) == [(leader, num_tokens, num_samples)]
+    assert rows(output)[-1] == (leader, num_tokens, num_samples)
     scheduler.commit(output)
+    for item in output.scheduled[:-1]:
+        item.sequence.append_token(7)
     family = [leader] + [scheduler.fork(leader) for _ in range(num_samples - 1)]
     for token_id, sequence in enumerate(family):
         sequence.append_token(token_id)
