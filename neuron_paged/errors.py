@@ -45,9 +45,9 @@ class CheckpointError(NeuronPagedError, ValueError):
 
 
 class StepError(NeuronPagedError, RuntimeError):
-    """A model step failed. Its requests were aborted and their blocks freed; the engine stays usable.
+    """A model step failed. Its requests were ended and their blocks freed; the engine stays usable.
 
-    outputs: the last RequestOutput of every request of that step, with finish_reason "error".
+    outputs: the last RequestOutput of those of the caller's requests that it ended, with finish_reason "error".
     """
 
     def __init__(self, message: str, outputs: tuple[Any, ...] = ()) -> None:

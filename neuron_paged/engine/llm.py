@@ -13,10 +13,11 @@ from typing import Any, Literal
 from neuron_paged.config import CacheConfig, EngineConfig, SchedulerConfig
 from neuron_paged.engine.cache_sizing import available_memory_bytes, choose_num_blocks
 from neuron_paged.engine.llm_engine import LLMEngine
+from neuron_paged.engine.outbox import Outbox
 from neuron_paged.engine.outputs import RequestOutput
 from neuron_paged.engine.prompts import Prompt, TokensPrompt, is_single_prompt
 from neuron_paged.engine.sampling import RequestOutputKind, SamplingParams
-from neuron_paged.errors import ConfigError, InvalidRequestError
+from neuron_paged.errors import ConfigError, InvalidRequestError, StepError
 
 _CACHE_SETTINGS = {f.name for f in fields(CacheConfig)}
 _SCHEDULER_SETTINGS = {f.name for f in fields(SchedulerConfig)}
@@ -103,17 +104,16 @@ class LLM:
 
         prompts: one or a list; each text, token ids, or a dict (see engine.prompts). sampling_params: one for all or
         one per prompt. priority: one per prompt, for policy "priority".
-        Raises InvalidRequestError and its subclasses before anything runs; StepError if a step fails. Whatever is
-        raised (KeyboardInterrupt too), all requests of the call have ended and their blocks are free.
+        Raises InvalidRequestError and its subclasses before anything runs; StepError if a step of these requests
+        fails. Whatever is raised (KeyboardInterrupt too), all requests of the call have ended and their blocks are
+        free. What fails for one request alone ends that one with finish_reason "error"; RequestOutput.error says why.
         """
         finished: dict[str, RequestOutput] = {}
-        with self._requests(prompts, sampling_params, RequestOutputKind.FINAL_ONLY, priority) as request_ids:
+        with self._requests(prompts, sampling_params, RequestOutputKind.FINAL_ONLY, priority) as (request_ids, outbox):
             with _progress_bar(len(request_ids), use_tqdm) as bar:
-                while self.engine.has_unfinished_requests() and len(finished) < len(request_ids):
-                    for output in self.engine.step():
-                        if output.request_id in request_ids:
-                            finished[output.request_id] = output
-                            bar.add(output)
+                for output in self._outputs(outbox):
+                    finished[output.request_id] = output
+                    bar.add(output)
         return [finished[request_id] for request_id in request_ids]
 
     def stream(
@@ -126,15 +126,14 @@ class LLM:
         """(index of the prompt, RequestOutput) as they come: with DELTA only what is new, with CUMULATIVE everything.
 
         Text that may become a stop string or is half a character is held back. Closing the generator ends the requests.
+        Other calls may run in between, whose steps these requests take part in: their next output says all that is new.
+        Requests that are aborted meanwhile give nothing more. Raises as generate() does; requests that end by a failed
+        step of another call have finish_reason "error".
         """
-        with self._requests(prompts, sampling_params, output_kind, None) as request_ids:
+        with self._requests(prompts, sampling_params, output_kind, None) as (request_ids, outbox):
             index_of = {request_id: index for index, request_id in enumerate(request_ids)}
-            num_unfinished = len(index_of)
-            while num_unfinished:
-                for output in self.engine.step():
-                    if output.request_id in index_of:
-                        num_unfinished -= output.finished
-                        yield index_of[output.request_id], output
+            for output in self._outputs(outbox):
+                yield index_of[output.request_id], output
 
     def chat(
         self,
@@ -195,12 +194,13 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         output_kind: RequestOutputKind,
         priority: Sequence[int] | None,
-    ) -> Iterator[list[str]]:
-        """Ids of requests added for these prompts; whichever is unfinished at the end is aborted."""
+    ) -> Iterator[tuple[list[str], Outbox]]:
+        """Requests added for these prompts, and where their outputs go; what is unfinished at the end is aborted."""
         listed: Sequence[Any] = [prompts] if is_single_prompt(prompts) else _as_list("prompts", prompts)
         params = _one_each("sampling_params", sampling_params, len(listed), (SamplingParams, type(None)))
         priorities = _one_each("priority", 0 if priority is None else priority, len(listed), (int,))
         request_ids: list[str] = []
+        outbox = Outbox()
         try:
             for index, prompt in enumerate(listed):
                 chosen = SamplingParams() if params[index] is None else params[index]
@@ -208,15 +208,31 @@ class LLM:
                     chosen = chosen.with_output_kind(output_kind)
                 request_id = f"llm-{next(self._request_ids)}"
                 try:
-                    self.engine.add_request(request_id, prompt, chosen, priority=priorities[index])
+                    self.engine.add_request(request_id, prompt, chosen, priority=priorities[index], outbox=outbox)
                 except InvalidRequestError as error:
                     if len(listed) > 1:
                         raise type(error)(f"prompt {index}: {error}") from error
                     raise
                 request_ids.append(request_id)
-            yield request_ids
+            yield request_ids, outbox
         finally:
             self.engine.abort_request(request_ids)
+
+    def _outputs(self, outbox: Outbox) -> Iterator[RequestOutput]:
+        """Outputs of a call's requests as they come, until all have ended. Runs steps whenever none waits."""
+        failure: StepError | None = None
+        while True:
+            while (output := outbox.take()) is not None:
+                yield output
+            if failure is not None:
+                raise failure
+            if outbox.num_unfinished == 0:
+                return
+            try:
+                self.engine.run_step(outbox)
+            except StepError as error:
+                if error.outputs:  # else it ended requests of other calls only
+                    failure = error
 
 
 @contextmanager

@@ -1,26 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """LLMEngine: requests in, steps, outputs. Joins scheduler, batch builder and executor; owns the requests in flight.
 
-Whatever fails or interrupts a step, the engine stays usable: the step's requests end as "error" and their blocks are
-free. Not thread-safe: one thread calls it.
+Whatever fails or interrupts a step, the engine stays usable: what can be blamed on one request ends that one, anything
+else the step's requests, as "error", and their blocks are free. Not thread-safe: one thread calls it.
 """
 
 import time
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from neuron_paged.config import EngineConfig
 from neuron_paged.engine.batch import Batch, build_batch
-from neuron_paged.engine.detokenizer import make_decode
 from neuron_paged.engine.executor import Executor, StepLogprobs, StepResult
 from neuron_paged.engine.metrics import STEP_PHASES, EngineMetrics
+from neuron_paged.engine.outbox import Outbox
 from neuron_paged.engine.outputs import RequestOutput
 from neuron_paged.engine.prompts import Prompt, parse_prompt
-from neuron_paged.engine.request import Completion, Request, TokenizerView
+from neuron_paged.engine.request import Completion, Request, make_tokenizer_view
 from neuron_paged.engine.request_checks import (
     check_arrival_time,
     check_cache_salt,
@@ -32,8 +31,6 @@ from neuron_paged.engine.sampling_state import SamplingState
 from neuron_paged.engine.scheduler import Scheduler, SchedulerOutput
 from neuron_paged.engine.sequence import Sequence, SequenceStatus
 from neuron_paged.errors import InvalidRequestError, StepError
-
-_DECODED_TOKENS_KEPT = 65536
 
 
 class LLMEngine:
@@ -64,7 +61,8 @@ class LLMEngine:
         self._seeds = np.random.default_rng(seed)
         self._requests: dict[str, Request] = {}
         self._completions: dict[int, Completion] = {}  # of unfinished sequences, by seq_id
-        self._tokenizer_views: dict[bool, TokenizerView] = {}
+        self._tokenizer_views = {skip: make_tokenizer_view(tokenizer, skip) for skip in (False, True)}
+        self._outbox = Outbox()
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -77,15 +75,17 @@ class LLMEngine:
         priority: int = 0,
         cache_salt: str | None = None,
         arrival_time: float | None = None,
+        outbox: Outbox | None = None,
     ) -> None:
         """Queue a request.
 
         prompt: text, token ids, or a dict with "prompt" or "prompt_token_ids" (and "cache_salt"). priority: lower runs
         first under policy "priority". cache_salt: requests of different salts never share cached blocks.
-        arrival_time: seconds of time.perf_counter(), None = now.
+        arrival_time: seconds of time.perf_counter(), None = now. outbox: where outputs go, None: to step().
         Raises InvalidRequestError, InvalidSamplingParamsError, PromptTooLongError; then nothing has changed.
         """
         params = SamplingParams() if params is None else params
+        outbox = self._outbox if outbox is None else outbox
         if not isinstance(request_id, str):
             raise InvalidRequestError(f"request_id: got {request_id!r}, need a string.")
         if request_id in self._requests:
@@ -121,8 +121,9 @@ class LLMEngine:
             sequence,
             end_token_ids=frozenset(self._end_token_ids(params)),
             max_total_tokens=max_total,
-            tokenizer=self._tokenizer_view(params.skip_special_tokens),
+            tokenizer=self._tokenizer_views[params.skip_special_tokens],
             arrival_time=arrival_time,
+            outbox=outbox,
         )
         # Last, when nothing that a caller or tokenizer supplied can fail any more: the scheduler may hold no sequence
         # whose request is unknown.
@@ -131,6 +132,7 @@ class LLMEngine:
             self._requests[request_id] = request
             self._completions[sequence.seq_id] = request.completions[0]
             self.metrics.num_requests_received += 1
+            outbox.num_unfinished += 1
         except BaseException:
             self.scheduler.abort(request_id)
             self._requests.pop(request_id, None)
@@ -139,18 +141,20 @@ class LLMEngine:
 
     def abort_request(self, request_id: str | Iterable[str]) -> list[RequestOutput]:
         """End requests at once and free their blocks; their last outputs, finish_reason "abort". Unknown ids are
-        ignored. step() returns nothing more of them."""
+        ignored. Nothing more of them comes in another way."""
         request_ids = [request_id] if isinstance(request_id, str) else list(request_id)
         outputs = []
         for name in request_ids:
             request = self._requests.get(name)
             if request is not None:
                 self._end_request(request, SequenceStatus.FINISHED_ABORTED)
+                request.outbox.discard(request)
                 outputs.append(request.output())
         return outputs
 
     def has_unfinished_requests(self) -> bool:
-        return bool(self._requests)
+        """Whether step() has anything to do or to return."""
+        return bool(self._requests) or len(self._outbox) > 0
 
     @property
     def num_unfinished_requests(self) -> int:
@@ -159,10 +163,19 @@ class LLMEngine:
     # -- a step -------------------------------------------------------------------------------------------------------
 
     def step(self) -> list[RequestOutput]:
-        """Run one step; outputs of the requests that have something new for their caller.
+        """Run one step; outputs of the requests that have something new for their caller, since the last call.
 
-        Raises StepError with the last outputs of the requests that ended by it: those of the step if the executor
-        fails, all if anything else does. KeyboardInterrupt and the like end the same requests and are raised again.
+        Requests that were added with an outbox deliver there instead. Raises as run_step() does.
+        """
+        self.run_step(self._outbox)
+        return self._outbox.take_all()
+
+    def run_step(self, outbox: Outbox) -> None:
+        """Run one step for the owner of this outbox; each request's news go to its own.
+
+        Raises StepError if the step fails. That ends the requests of the step if the executor fails, all if anything
+        else does; the last outputs of those of this outbox come with the error. KeyboardInterrupt and the like end the
+        same requests, whose outputs then wait in the outboxes, and are raised again.
         """
         started = time.perf_counter()
         output: SchedulerOutput | None = None
@@ -170,9 +183,9 @@ class LLMEngine:
         try:
             output = self.scheduler.schedule()
             scheduled = time.perf_counter()
-            changed = self._finish_outgrown(output)
+            self._finish_outgrown(output)
             if not output.scheduled:
-                return _outputs(changed)
+                return
             batch = build_batch(output, self.config.cache.block_size)
             built = time.perf_counter()
             is_executing = True
@@ -180,25 +193,23 @@ class LLMEngine:
             is_executing = False
             executed = time.perf_counter()
             self.scheduler.commit(output)
-            self._process(output, batch, result, changed)
-            outputs = _outputs(changed)
+            self._process(output, batch, result)
         except BaseException as error:
-            failed = self._end_failed(output if is_executing else None)
+            reason = f"a step failed with {type(error).__name__}: {error}"
+            ended = self._end_failed(output if is_executing else None, reason)
             self.metrics.num_failed_steps += 1
             self.metrics.record_state(self.scheduler)
             if not isinstance(error, Exception):
                 raise
             raise StepError(
-                f"a step failed with {type(error).__name__}: {error}. It ended {len(failed)} requests and freed their "
-                "blocks; the engine goes on.",
-                tuple(failed),
+                f"{reason}. It ended {len(ended)} requests and freed their blocks; the engine goes on.",
+                tuple(outbox.take_of(ended)),
             ) from error
-        ended = time.perf_counter()
+        ended_at = time.perf_counter()
         phases = (scheduled - started, built - scheduled, executed - built - result.sample_s, result.sample_s)
         self.metrics.record_step(
-            self.scheduler, output, dict(zip(STEP_PHASES, (*phases, ended - executed), strict=True))
+            self.scheduler, output, dict(zip(STEP_PHASES, (*phases, ended_at - executed), strict=True))
         )
-        return outputs
 
     def _execute(self, batch: Batch) -> StepResult:
         result = self.executor.execute(batch)
@@ -209,8 +220,11 @@ class LLMEngine:
             raise ValueError(f"executor: got token ids outside [0, {self.vocab_size - 1}].")
         return result
 
-    def _process(self, output: SchedulerOutput, batch: Batch, result: StepResult, changed: dict[str, Request]) -> None:
-        """Append the sampled tokens, end what ends, and note the requests that have news for their caller."""
+    def _process(self, output: SchedulerOutput, batch: Batch, result: StepResult) -> None:
+        """Append the sampled tokens, end what ends, and note the requests that have news for their caller.
+
+        Whatever a request's own text or logprobs raise ends that request alone; its other rows are then skipped.
+        """
         samples: SequenceOf[Sequence] = batch.sample_sequences
         prefills = output.scheduled[output.num_decodes :]
         if any(item.num_samples > 1 for item in prefills):
@@ -219,25 +233,33 @@ class LLMEngine:
             self._add_prompt_logprobs(batch, result.prompt_logprobs)
         if result.logprobs is not None:
             self._add_logprobs(samples, result.logprobs)
+        completions = self._completions
         now = time.perf_counter()
         for item in prefills:
-            if item.num_samples:
+            if item.num_samples and item.sequence.seq_id in completions:
                 self._note_first_token(item.sequence, now)  # before any of its samples may end it
-        completions = self._completions
         for sequence, token_id in zip(samples, result.token_ids.tolist(), strict=True):
+            completion = completions.get(sequence.seq_id)
+            if completion is None:
+                continue
             sequence.append_token(token_id)
-            completion = completions[sequence.seq_id]
             if (
                 completion.is_simple
                 and token_id not in completion.end_token_ids
                 and sequence.num_tokens < completion.max_total_tokens
             ):
                 continue
-            status = completion.process_token(token_id)
+            request = completion.request
+            try:
+                status = completion.process_token(token_id)
+            except Exception as error:
+                self._fail_request(request, error)
+                continue
             if status is not None:
                 self.scheduler.finish(sequence, status)
-                self._complete(completion, status)
-            changed[sequence.request_id] = completion.request
+                self._finish(completion, status)
+            if request.is_streamed:
+                request.outbox.note(request)
 
     def _fork_samples(self, samples: SequenceOf[Sequence]) -> list[Sequence]:
         """The sequence of each sample, where a prompt that draws several is forked into as many."""
@@ -248,39 +270,80 @@ class LLMEngine:
                 forked.append(sequence)
                 previous = sequence
                 continue
-            child = self.scheduler.fork(sequence)
-            state: SamplingState = sequence.sampling_params
-            child.sampling_params = state.for_sample(child.sample_index)
-            request = self._completions[sequence.seq_id].request
-            self._completions[child.seq_id] = request.add_completion(child)
-            forked.append(child)
+            forked.append(self._fork(sequence))
         return forked
+
+    def _fork(self, sequence: Sequence) -> Sequence:
+        """The next sample of a prompt; sequence itself if its request has failed."""
+        completion = self._completions.get(sequence.seq_id)
+        if completion is None:
+            return sequence
+        child = self.scheduler.fork(sequence)
+        state: SamplingState = sequence.sampling_params
+        child.sampling_params = state.for_sample(child.sample_index)
+        try:
+            self._completions[child.seq_id] = completion.request.add_completion(child)
+        except Exception as error:
+            self._fail_request(completion.request, error)
+        return child
 
     def _add_logprobs(self, samples: SequenceOf[Sequence], logprobs: StepLogprobs) -> None:
         for row, *entry in zip(*(column.tolist() for column in logprobs), strict=True):
-            completion = self._completions[samples[row].seq_id]
-            completion.add_logprobs(*entry)
+            completion = self._completions.get(samples[row].seq_id)
+            if completion is not None:
+                try:
+                    completion.add_logprobs(*entry)
+                except Exception as error:
+                    self._fail_request(completion.request, error)
 
     def _add_prompt_logprobs(self, batch: Batch, logprobs: StepLogprobs) -> None:
         entries = list(zip(*(column.tolist() for column in logprobs[1:]), strict=True))
         start = 0
         for part in batch.prompt_logprobs:
-            request = self._completions[part.sequence.seq_id].request
-            request.add_prompt_logprobs(entries[start : start + part.num_rows])
+            completion = self._completions.get(part.sequence.seq_id)
+            if completion is not None:
+                try:
+                    completion.request.add_prompt_logprobs(entries[start : start + part.num_rows])
+                except Exception as error:
+                    self._fail_request(completion.request, error)
             start += part.num_rows
 
     # -- ends ---------------------------------------------------------------------------------------------------------
 
-    def _complete(self, completion: Completion, status: SequenceStatus) -> None:
+    def _finish(self, completion: Completion, status: SequenceStatus) -> None:
         """A sequence has ended in the scheduler; the request ends with its last one."""
-        completion.finish(status)
-        del self._completions[completion.sequence.seq_id]
         request = completion.request
+        try:
+            completion.finish(status)
+        except Exception as error:
+            self._fail_request(request, error)
+            return
+        del self._completions[completion.sequence.seq_id]
         request.num_unfinished -= 1
         if request.num_unfinished == 0:
-            request.metrics.finished_time = time.perf_counter()
-            del self._requests[request.request_id]
-            self._record_finished(request)
+            self._request_ended(request)
+
+    def _fail_request(self, request: Request, error: Exception) -> None:
+        """Making a request's text or logprobs raised."""
+        reason = f"its output can't be made: {type(error).__name__}: {error}"
+        self._end_request(request, SequenceStatus.FINISHED_ERROR, reason)
+
+    def _end_request(self, request: Request, status: SequenceStatus, error: str | None = None) -> None:
+        """End a request before its time, whatever its samples are doing."""
+        self.scheduler.abort(request.request_id, status)
+        for completion in request.completions:
+            self._completions.pop(completion.sequence.seq_id, None)
+        try:
+            request.end(status, error)
+        finally:
+            self._request_ended(request)
+
+    def _request_ended(self, request: Request) -> None:
+        request.metrics.finished_time = time.perf_counter()
+        del self._requests[request.request_id]
+        request.outbox.num_unfinished -= 1
+        request.outbox.note(request)
+        self._record_finished(request)
 
     def _note_first_token(self, sequence: Sequence, now: float) -> None:
         """Its prompt is finished (again, if it was preempted: only the first time counts)."""
@@ -292,48 +355,37 @@ class LLMEngine:
             )
 
     def _record_finished(self, request: Request) -> None:
-        times = request.metrics
-        assert times.finished_time is not None
+        times, status = request.metrics, request.completions[0].status
+        assert times.finished_time is not None and status is not None
         first = times.first_token_time or times.finished_time
         longest = max(len(c.sequence.output_token_ids) for c in request.completions)
         self.metrics.record_finished(
-            request.leader.status, longest, times.finished_time - first, times.finished_time - times.arrival_time
+            status, longest, times.finished_time - first, times.finished_time - times.arrival_time
         )
 
-    def _end_request(self, request: Request, status: SequenceStatus) -> None:
-        for completion in request.completions:
-            if completion.status is None:
-                self.scheduler.finish(completion.sequence, status)
-                self._complete(completion, status)
-
-    def _finish_outgrown(self, output: SchedulerOutput) -> dict[str, Request]:
+    def _finish_outgrown(self, output: SchedulerOutput) -> None:
         """Sequences that the whole cache can't hold any longer end as "length"."""
-        changed: dict[str, Request] = {}
         for sequence in output.finished:
-            completion = self._completions[sequence.seq_id]
-            self._complete(completion, sequence.status)
-            changed[sequence.request_id] = completion.request
-        return changed
+            completion = self._completions.get(sequence.seq_id)
+            if completion is not None:
+                self._finish(completion, sequence.status)
 
-    def _end_failed(self, output: SchedulerOutput | None) -> list[RequestOutput]:
-        """End the requests of a step whose execution failed (None: all, on a new scheduler); their last outputs."""
+    def _end_failed(self, output: SchedulerOutput | None, reason: str) -> list[Request]:
+        """End the requests of a step whose execution failed (None: all, on a new scheduler), and say which."""
+        before = list(self._requests.values())
         try:
             if output is None:
                 raise RuntimeError("interrupted between two consistent states")
-            requests = {s.request_id: self._requests[s.request_id] for s in self.scheduler.fail(output)}
-            for request in requests.values():
-                self._end_request(request, SequenceStatus.FINISHED_ERROR)
+            for sequence in self.scheduler.fail(output):
+                if sequence.request_id in self._requests:  # not ended by a sample of the same prompt
+                    self._end_request(self._requests[sequence.request_id], SequenceStatus.FINISHED_ERROR, reason)
         except BaseException:
             # What was interrupted can't be told, so nothing of the scheduler's state is kept.
-            requests = dict(self._requests)
-            self._requests.clear()
-            self._completions.clear()
             self.scheduler = Scheduler(self.config.scheduler, self.config.cache)
-            for request in requests.values():
-                request.num_unfinished = 0
-                for completion in request.completions:
-                    completion.finish(SequenceStatus.FINISHED_ERROR)
-        return [request.output() for request in requests.values()]
+            self._completions.clear()
+            for request in list(self._requests.values()):
+                self._end_request(request, SequenceStatus.FINISHED_ERROR, reason)
+        return [request for request in before if request.request_id not in self._requests]
 
     # -- parameters ---------------------------------------------------------------------------------------------------
 
@@ -346,19 +398,3 @@ class LLMEngine:
         return SamplingState(
             params, seed=seed, vocab_size=self.vocab_size, end_token_ids=self._end_token_ids(params)
         )
-
-    def _tokenizer_view(self, skip_special_tokens: bool) -> TokenizerView:
-        view = self._tokenizer_views.get(skip_special_tokens)
-        if view is None:
-            if self.tokenizer is None:
-                view = TokenizerView(None, lambda token_id: None)
-            else:
-                decode = make_decode(self.tokenizer, skip_special_tokens)
-                decode_all = make_decode(self.tokenizer, False)
-                view = TokenizerView(decode, lru_cache(_DECODED_TOKENS_KEPT)(lambda token_id: decode_all([token_id])))
-            self._tokenizer_views[skip_special_tokens] = view
-        return view
-
-
-def _outputs(changed: dict[str, Request]) -> list[RequestOutput]:
-    return [r.output() for r in changed.values() if r.is_streamed or r.num_unfinished == 0]

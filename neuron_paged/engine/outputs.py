@@ -27,7 +27,7 @@ class CompletionOutput:
     index: which of the n. text, token_ids, logprobs: what RequestOutputKind says (everything, or what is new).
     cumulative_logprob: of all tokens so far; None unless logprobs (or best_of) were asked for.
     finish_reason: None while running; "stop" (end token, stop token or stop string), "length" (max_tokens,
-    max_model_len or a full cache), "abort", "error" (a step failed).
+    max_model_len or a full cache), "abort", "error" (RequestOutput.error says why).
     stop_reason: the stop string or stop token id that ended it; None for the model's own end token.
     """
 
@@ -59,6 +59,7 @@ class RequestOutput:
 
     prompt: None if it came as token ids. prompt_logprobs: one entry per prompt token, None for the first; given once
     the prompt is finished. num_cached_tokens: prompt tokens whose K and V came from the prefix cache.
+    error: what went wrong, for people to read; None if nothing did.
     """
 
     request_id: str
@@ -69,3 +70,4 @@ class RequestOutput:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     num_cached_tokens: int = 0
     metrics: RequestMetrics = field(default_factory=lambda: RequestMetrics(0.0))
+    error: str | None = None

@@ -6,9 +6,11 @@ Owns no blocks and no order; the scheduler has the sequences.
 
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
-from neuron_paged.engine.detokenizer import Decode, IncrementalDetokenizer
+from neuron_paged.engine.detokenizer import Decode, IncrementalDetokenizer, make_decode
+from neuron_paged.engine.outbox import Outbox
 from neuron_paged.engine.outputs import (
     CompletionOutput,
     FinishReason,
@@ -29,6 +31,8 @@ _FINISH_REASONS: dict[SequenceStatus, FinishReason] = {
 }
 
 
+_DECODED_TOKENS_KEPT = 65536
+
 # token_id, logprob, rank, top_ids, top_logprobs: one row of StepLogprobs as Python objects.
 LogprobEntry = tuple[int, float, int, list[int], list[float]]
 
@@ -38,6 +42,15 @@ class TokenizerView(NamedTuple):
 
     decode: Decode | None
     decode_one: Callable[[int], str | None]
+
+
+def make_tokenizer_view(tokenizer: Any, skip_special_tokens: bool) -> TokenizerView:
+    """View of a transformers tokenizer, or of none."""
+    if tokenizer is None:
+        return TokenizerView(None, lambda token_id: None)
+    decode_all = make_decode(tokenizer, False)
+    decode_one = lru_cache(_DECODED_TOKENS_KEPT)(lambda token_id: decode_all([token_id]))
+    return TokenizerView(make_decode(tokenizer, skip_special_tokens), decode_one)
 
 
 class Completion:
@@ -101,13 +114,15 @@ class Completion:
             self.logprobs.append(self.request.make_logprobs(token_id, logprob, rank, top_ids, top_logprobs, num))
 
     def finish(self, status: SequenceStatus) -> None:
-        """Set how the sequence ended; an unfinished character becomes replacement characters."""
-        if self.status is None:
-            self.status = status
-            if self._detokenizer is not None and status is not SequenceStatus.FINISHED_STOPPED:
-                self._append_text(self.sequence.output_token_ids[self._num_decoded :])
-                self._num_decoded = len(self.sequence.output_token_ids)
-                self.text += self._detokenizer.flush()
+        """Set how the sequence ended; an unfinished character becomes replacement characters.
+
+        Raises what the tokenizer raises, with the status as it was.
+        """
+        if self._detokenizer is not None and status is not SequenceStatus.FINISHED_STOPPED:
+            self._append_text(self.sequence.output_token_ids[self._num_decoded :])
+            self._num_decoded = len(self.sequence.output_token_ids)
+            self.text += self._detokenizer.flush()
+        self.status = status
 
     def output(self, kind: RequestOutputKind) -> CompletionOutput:
         """What the caller gets now; with DELTA the next call gives what came after."""
@@ -165,7 +180,9 @@ class Request:
     """One request: its parameters and its completions (best_of of them once the prompt is finished).
 
     prompt_token_ids: a list of its own, for its outputs: the sequences' lists are never handed out. end_token_ids: ids
-    that end a completion. max_total_tokens: prompt and output of one completion.
+    that end a completion. max_total_tokens: prompt and output of one completion. outbox: of its caller. is_streamed:
+    whether the caller wants outputs before the end (impossible while best_of has not been decided). error: why it
+    ended as "error".
     """
 
     def __init__(
@@ -180,6 +197,7 @@ class Request:
         max_total_tokens: int,
         tokenizer: TokenizerView,
         arrival_time: float,
+        outbox: Outbox,
     ) -> None:
         self.request_id = request_id
         self.prompt = prompt
@@ -188,6 +206,11 @@ class Request:
         self.end_token_ids = end_token_ids
         self.max_total_tokens = max_total_tokens
         self.tokenizer = tokenizer
+        self.outbox = outbox
+        self.is_streamed = (
+            params.output_kind is not RequestOutputKind.FINAL_ONLY and params.num_samples == params.n
+        )
+        self.error: str | None = None
         self.metrics = RequestMetrics(arrival_time)
         self.num_unfinished = 1
         self.keeps_logprobs = params.needs_logprobs
@@ -195,11 +218,18 @@ class Request:
         self.leader = leader
         self.completions = [Completion(self, leader, 0)]
 
-    @property
-    def is_streamed(self) -> bool:
-        """Whether the caller wants outputs before the end (impossible while best_of has not been decided)."""
-        params = self.params
-        return params.output_kind is not RequestOutputKind.FINAL_ONLY and params.num_samples == params.n
+    def end(self, status: SequenceStatus, error: str | None = None) -> None:
+        """End whatever is unfinished, without text that the tokenizer refuses to make."""
+        self.error = error
+        self.num_unfinished = 0
+        unfinished = [completion for completion in self.completions if completion.status is None]
+        for completion in unfinished:
+            completion.status = status
+        for completion in unfinished:
+            try:
+                completion.finish(status)
+            except Exception as failure:
+                self.error = self.error or f"its output can't be made: {type(failure).__name__}: {failure}"
 
     def add_completion(self, sequence: Sequence) -> Completion:
         """Another sample of the prompt."""
@@ -251,4 +281,5 @@ class Request:
             None if prompt_logprobs is None else list(prompt_logprobs),
             self.leader.num_cached_tokens,
             RequestMetrics(times.arrival_time, times.first_token_time, times.finished_time),
+            self.error,
         )

@@ -3,6 +3,7 @@
 change them (batching, chunks, prefix cache, preemption, swapping, other requests)."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -245,6 +246,125 @@ def test_closed_stream_frees_its_blocks(llm):
     next(stream)
     assert llm.engine.scheduler.kv_cache.device.num_used_blocks > 0
     stream.close()
+    assert_all_free(llm)
+
+
+# -- calls that run in each other's steps ------------------------------------------------------------------------------
+
+
+STREAMED = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def streamed(llm):
+    """Token ids of the first eight prompts."""
+    return [o.outputs[0].token_ids for o in llm.generate(PROMPTS[:8], STREAMED, use_tqdm=False)]
+
+
+def collect(tokens: dict[int, list[int]], item) -> None:
+    index, output = item
+    tokens.setdefault(index, []).extend(output.outputs[0].token_ids if output.outputs else [])
+
+
+def test_two_streams_in_turns_give_all_their_outputs(loaded, streamed):
+    llm = make_llm(loaded, max_num_seqs=5)
+    streams, tokens = [llm.stream(PROMPTS[:3], STREAMED), llm.stream(PROMPTS[3:8], STREAMED)], [{}, {}]
+    turns = iter(itertools.cycle([0, 1, 1, 1, 0]))
+    while streams[0] or streams[1]:
+        turn = next(turns)
+        if streams[turn]:
+            item = next(streams[turn], None)
+            if item is None:
+                streams[turn] = None
+            else:
+                collect(tokens[turn], item)
+    assert [tokens[0][i] for i in range(3)] + [tokens[1][i] for i in range(5)] == streamed
+    assert_all_free(llm)
+
+
+@pytest.mark.parametrize("output_kind", [RequestOutputKind.DELTA, RequestOutputKind.CUMULATIVE])
+def test_generate_inside_a_stream_loses_nothing(loaded, streamed, output_kind):
+    llm = make_llm(loaded)
+    tokens: dict[int, list[int]] = {}
+    num_outputs = 0
+    for index, output in llm.stream(PROMPTS[:4], STREAMED, output_kind=output_kind):
+        num_outputs += 1
+        if output_kind is RequestOutputKind.CUMULATIVE:
+            tokens[index] = []
+        collect(tokens, (index, output))
+        if num_outputs == 6:
+            inner = llm.generate(PROMPTS[4:8], STREAMED, use_tqdm=False)
+            assert [o.outputs[0].token_ids for o in inner] == streamed[4:8]
+    assert [tokens[i] for i in range(4)] == streamed[:4]
+    assert num_outputs < 4 * 24  # what came while generate() ran comes as one output
+    assert_all_free(llm)
+
+
+def test_request_aborted_inside_a_stream_gives_nothing_more_and_the_stream_ends(loaded, streamed):
+    llm = make_llm(loaded)
+    tokens: dict[int, list[int]] = {}
+    aborted = []
+    for index, output in llm.stream(PROMPTS[:3], STREAMED):
+        assert not (aborted and index == 1)
+        collect(tokens, (index, output))
+        if index == 1 and len(tokens[1]) == 5:
+            aborted = llm.engine.abort_request(output.request_id)
+    assert [o.outputs[0].finish_reason for o in aborted] == ["abort"]
+    assert (tokens[0], tokens[1], tokens[2]) == (streamed[0], streamed[1][:5], streamed[2])
+    for _, output in llm.stream(PROMPTS[:1], STREAMED):  # the only one
+        llm.engine.abort_request(output.request_id)
+    assert_all_free(llm)
+
+
+def test_failed_step_reaches_every_stream_that_had_requests_in_it(loaded, streamed):
+    llm = make_llm(loaded)
+    first, second = llm.stream(PROMPTS[:2], STREAMED), llm.stream(PROMPTS[2:3], STREAMED)
+    for _ in range(4):
+        next(first)
+    next(second)
+    caches = llm.engine.executor.kv_caches
+    llm.engine.executor.kv_caches = caches[:1]
+    with pytest.raises(StepError) as caught:
+        list(second)
+    assert len(caught.value.outputs) == 1
+    llm.engine.executor.kv_caches = caches
+    last = list(first)
+    assert {index for index, _ in last} == {0, 1}
+    ends = [(o.outputs[0].finish_reason, "a step failed with ValueError" in o.error) for _, o in last if o.finished]
+    assert ends == [("error", True)] * 2
+    assert_all_free(llm)
+    assert llm.generate(PROMPTS[:1], STREAMED, use_tqdm=False)[0].outputs[0].token_ids == streamed[0]
+
+
+def test_failed_step_of_other_requests_only_lets_a_call_go_on(loaded, streamed):
+    llm = make_llm(loaded, max_num_seqs=1)
+    stream = llm.stream(PROMPTS[:1], STREAMED)
+    next(stream)
+    caches = llm.engine.executor.kv_caches
+    execute = llm.engine.executor.execute
+
+    def fail_once(batch):
+        llm.engine.executor.execute, llm.engine.executor.kv_caches = execute, caches[:1]
+        try:
+            return execute(batch)
+        finally:
+            llm.engine.executor.kv_caches = caches
+
+    llm.engine.executor.execute = fail_once
+    outputs = llm.generate(PROMPTS[1:2], STREAMED, use_tqdm=False)  # waits behind the stream, whose step fails
+    assert outputs[0].outputs[0].token_ids == streamed[1]
+    assert list(stream)[-1][1].outputs[0].finish_reason == "error"
+    assert_all_free(llm)
+
+
+def test_requests_of_the_engine_keep_their_outputs_while_generate_runs(loaded, streamed):
+    llm = make_llm(loaded)
+    llm.engine.add_request("mine", PROMPTS[0], STREAMED.with_output_kind(RequestOutputKind.FINAL_ONLY))
+    assert llm.generate(PROMPTS[1:3], STREAMED, use_tqdm=False)[1].outputs[0].token_ids == streamed[2]
+    outputs = []
+    while llm.engine.has_unfinished_requests():
+        outputs += llm.engine.step()
+    assert [(o.request_id, o.outputs[0].token_ids) for o in outputs] == [("mine", streamed[0])]
     assert_all_free(llm)
 
 

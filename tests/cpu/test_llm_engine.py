@@ -356,52 +356,134 @@ def test_interrupt_in_a_step_leaves_the_engine_usable():
     engine.add_request("a", [1, 2], SamplingParams(temperature=0, max_tokens=20))
     with pytest.raises(KeyboardInterrupt):
         run(engine)
+    (output,) = engine.step()  # what the request had come to is not lost
+    assert output.outputs[0].finish_reason == "error" and "KeyboardInterrupt" in output.error
+    assert len(output.outputs[0].token_ids) == 2
     assert_all_free(engine)
     params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
     engine.add_request("b", [1, 2], params)
     assert run(engine)["b"].outputs[0].token_ids == expected_output([1, 2], params, 200)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("broken tokenizer")], ids=["interrupt", "error"])
-def test_failure_outside_the_executor_ends_all_requests(tokenizer, error):
-    class Failing:
-        """A tokenizer that can't decode."""
+class FailingTokenizer:
+    """Raises `error` for ids that include `token_id`, the next num_failures times."""
 
-        broken = False
+    def __init__(self, inner, token_id=9, error=RuntimeError, num_failures=10**9) -> None:
+        self.inner, self.token_id, self.error, self.num_failures = inner, token_id, error, num_failures
 
-        def decode(self, ids, **options):
-            if self.broken:
-                self.broken = False
-                raise error
-            return tokenizer.decode(ids, **options)
+    def decode(self, ids, **options):
+        if self.token_id in ids and self.num_failures:
+            self.num_failures -= 1
+            raise self.error("no such text")
+        return self.inner.decode(ids, **options)
 
-    failing = Failing()
+
+@pytest.mark.parametrize("num_failures", [1, 10**9], ids=["once", "for ever"])
+@pytest.mark.parametrize("kind", RequestOutputKind)
+@pytest.mark.parametrize("options", [{}, {"n": 3}, {"logprobs": 0}], ids=["text", "samples", "logprobs"])
+def test_failing_tokenizer_ends_its_request_alone(tokenizer, num_failures, kind, options):
+    """The failing one runs into the id that can't be decoded, the others do without text."""
+    params = SamplingParams(seed=4, max_tokens=40, ignore_eos=True, output_kind=kind, **options)
+    drawn = [expected_output([1, 2], params, 200, index) for index in range(params.n)]
+    token_id = drawn[-1][5]  # the first that meets it is at the 6th token or before
+    engine = make_engine(FailingTokenizer(tokenizer, token_id, num_failures=num_failures))
+    engine.add_request("fails", [1, 2], params)
+    others = {}
+    for name in ("a", "b"):
+        others[name] = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, detokenize=False)
+        engine.add_request(name, [ord(name)], others[name])
+    finished = run(engine)
+    failed = finished["fails"]
+    assert failed.finished and "no such text" in failed.error
+    assert {c.finish_reason for c in failed.outputs} <= {"error", "length"} and len(failed.outputs) == params.n
+    assert "error" in {c.finish_reason for c in failed.outputs}
+    for name, given in others.items():
+        assert finished[name].outputs[0].token_ids == expected_output([ord(name)], given, 200)
+        assert finished[name].error is None
+    assert engine.metrics.num_failed_steps == 0
+    assert sum(engine.metrics.num_requests_finished.values()) == 3
+    assert_all_free(engine)
+
+
+def test_failing_tokenizer_at_a_fork_ends_its_request_alone(tokenizer):
+    """The leader's context could be decoded, that of a sample can't."""
+    failing = FailingTokenizer(tokenizer, num_failures=0)
     engine = make_engine(failing)
+    engine.add_request("fails", [9, 9], SamplingParams(n=3, seed=1, max_tokens=20))
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
-    engine.add_request("a", [1, 2], params)
+    engine.add_request("other", [1, 2], params)
+    failing.num_failures = 1
+    finished = run(engine)
+    assert finished["fails"].outputs[0].finish_reason == "error" and "no such text" in finished["fails"].error
+    assert finished["other"].outputs[0].token_ids == expected_output([1, 2], params, 200)
+    assert_all_free(engine)
+
+
+def test_aborted_request_whose_text_can_not_be_made_still_ends(tokenizer):
+    engine = make_engine(FailingTokenizer(tokenizer, expected_output([1, 2], SamplingParams(temperature=0), 200)[3]))
+    kind = RequestOutputKind.FINAL_ONLY
+    engine.add_request("a", [1, 2], SamplingParams(temperature=0, max_tokens=50, ignore_eos=True, output_kind=kind))
+    for _ in range(6):
+        engine.step()
+    (output,) = engine.abort_request("a")
+    assert output.outputs[0].finish_reason == "abort" and len(output.outputs[0].token_ids) == 6
+    assert "no such text" in output.error and output.outputs[0].text == ""
+    assert_all_free(engine)
+
+
+def test_interrupt_outside_the_executor_ends_all_requests(tokenizer):
+    failing = FailingTokenizer(tokenizer, error=KeyboardInterrupt, num_failures=0)
+    engine = make_engine(failing)
+    kind = RequestOutputKind.CUMULATIVE
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, output_kind=kind)
+    engine.add_request("a", [9, 2], params)
     engine.add_request("b", [3, 4], params)
     engine.step()
-    failing.broken = True
-    with pytest.raises(type(error) if isinstance(error, KeyboardInterrupt) else StepError) as caught:
+    failing.num_failures = 1
+    with pytest.raises(KeyboardInterrupt):
         engine.step()
-    if isinstance(caught.value, StepError):
-        assert {o.request_id for o in caught.value.outputs} == {"a", "b"}
+    assert {o.request_id: o.outputs[0].finish_reason for o in engine.step()} == {"a": "error", "b": "error"}
     assert_all_free(engine)
     engine.add_request("a", [1, 2], params)
     assert run(engine)["a"].outputs[0].token_ids == expected_output([1, 2], params, 200)
 
 
+def test_inconsistent_state_ends_all_requests_with_a_step_error(tokenizer):
+    engine = make_engine(FailingTokenizer(tokenizer, 9))
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    engine.add_request("a", [1, 2], params)
+    engine.add_request("b", [3, 4], SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
+    engine.step()
+    engine.tokenizer.token_id = 1  # and no text can be made on the way out
+    leader = engine._requests["a"].leader
+    leader.num_computed_tokens = leader.num_tokens  # no token left to compute, which never happens
+    with pytest.raises(StepError, match="no token to compute.*It ended 2 requests") as caught:
+        engine.step()
+    assert {o.request_id: o.outputs[0].finish_reason for o in caught.value.outputs} == {"a": "error", "b": "error"}
+    assert all("no token to compute" in o.error for o in caught.value.outputs)
+    assert_all_free(engine)
+    engine.add_request("b", [3, 4], params)
+    assert run(engine)["b"].outputs[0].token_ids == expected_output([3, 4], params, 200)
+
+
+def test_sequence_that_outgrew_the_cache_is_reported_though_the_step_fails():
+    engine = make_engine(num_blocks=4, max_model_len=200)
+    engine.add_request("grows", [1] * 10, SamplingParams(temperature=0, max_tokens=None, ignore_eos=True))
+    finished = {}
+    engine.add_request("waits", [2] * 20, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
+    for call in range(40):
+        engine.executor.fail_at = (engine.executor.num_calls,) if call == 15 else ()
+        try:
+            finished |= {o.request_id: o for o in engine.step() if o.finished}
+        except StepError as error:
+            finished |= {o.request_id: o for o in error.outputs}
+    assert {name: o.outputs[0].finish_reason for name, o in finished.items()} == {"grows": "length", "waits": "error"}
+    assert_all_free(engine)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_interrupted_add_request_leaves_nothing_behind(tokenizer, error):
-    class Failing:
-        """A tokenizer that can't decode the context of one prompt."""
-
-        def decode(self, ids, **options):
-            if 9 in ids:
-                raise error("no such text")
-            return tokenizer.decode(ids, **options)
-
-    engine = make_engine(Failing())
+    engine = make_engine(FailingTokenizer(tokenizer, error=error))
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
     engine.add_request("a", [1, 2], params)
     with pytest.raises(error):
