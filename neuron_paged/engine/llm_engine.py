@@ -192,6 +192,8 @@ class LLMEngine:
             result = self._execute(batch)
             is_executing = False
             executed = time.perf_counter()
+            # Before the commit, so that the prefix cache learns nothing of what they computed.
+            self._fail_not_finite(batch.sample_sequences, result)
             self.scheduler.commit(output)
             self._process(output, batch, result)
         except BaseException as error:
@@ -216,9 +218,22 @@ class LLMEngine:
         token_ids = result.token_ids
         if len(token_ids) != len(batch.sample_sequences):
             raise ValueError(f"executor: got {len(token_ids)} token ids, need {len(batch.sample_sequences)}.")
-        if len(token_ids) and (token_ids.min() < 0 or token_ids.max() >= self.vocab_size):
+        if len(token_ids) and (token_ids.min() < -1 or token_ids.max() >= self.vocab_size):
             raise ValueError(f"executor: got token ids outside [0, {self.vocab_size - 1}].")
         return result
+
+    def _fail_not_finite(self, samples: SequenceOf[Sequence], result: StepResult) -> None:
+        """End the requests whose logits were NaN or infinite."""
+        for row in np.flatnonzero(result.token_ids < 0):
+            completion = self._completions.get(samples[row].seq_id)
+            if completion is not None:
+                self._end_request(
+                    completion.request,
+                    SequenceStatus.FINISHED_ERROR,
+                    f"logits: got NaN or infinity after {samples[row].num_tokens} tokens, so no next token can be drawn: "
+                    "overflow of the model's dtype (try fp32 or bf16), damaged weights, or a sampling parameter beyond "
+                    "fp32.",
+                )
 
     def _process(self, output: SchedulerOutput, batch: Batch, result: StepResult) -> None:
         """Append the sampled tokens, end what ends, and note the requests that have news for their caller.

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# In place of a token that can't be drawn. A marker among the ids, so that a step needs no further output for it.
+_NO_TOKEN = -1
 # Candidates tried in turn before a full sort. Measured on CPU (2 threads, [32, 49152] fp32): full sort 63 ms,
 # topk(64) 1.8 ms, the 64 largest through group maxima 0.5-0.9 ms, topk(1024) 6 ms.
 _NUM_CANDIDATES = (64, 1024)
@@ -75,7 +77,8 @@ class Logprobs(NamedTuple):
 
 
 class SamplerOutput(NamedTuple):
-    """token_ids [S] i64; logprobs for SamplingTensors.logprob_rows."""
+    """token_ids [S] i64, -1 where the logits, edited, had no finite maximum (or with temperature no finite softmax);
+    logprobs for SamplingTensors.logprob_rows."""
 
     token_ids: Tensor
     logprobs: Logprobs | None
@@ -91,9 +94,8 @@ def sample(logits: Tensor, tensors: SamplingTensors) -> SamplerOutput:
     if tensors.logprob_rows is None:
         return SamplerOutput(token_ids, None)
     rows = tensors.logprob_rows
-    return SamplerOutput(
-        token_ids, compute_logprobs(logits.index_select(0, rows), token_ids.index_select(0, rows), tensors.num_logprobs)
-    )
+    given = token_ids.index_select(0, rows).clamp(min=0)
+    return SamplerOutput(token_ids, compute_logprobs(logits.index_select(0, rows), given, tensors.num_logprobs))
 
 
 def _sample_by_kind(logits: Tensor, tensors: SamplingTensors, temperature: Tensor, uniform: Tensor) -> Tensor:
@@ -126,11 +128,15 @@ def apply_edits(logits: Tensor, edits: LogitEdits) -> Tensor:
 
 
 def argmax(logits: Tensor) -> Tensor:
-    """Lowest id of the largest logit of each row of [N, V]; i64 [N]. 3x faster on CPU than Tensor.argmax."""
+    """Lowest id of the largest logit of each row of [N, V], -1 if that is not finite; i64 [N].
+
+    3x faster on CPU than Tensor.argmax.
+    """
     num_rows, vocab_size = logits.shape
     num_groups = vocab_size // _GROUP_SIZE
     if num_groups < 2:
-        return logits.argmax(-1)
+        best = logits.argmax(-1)
+        return _mark(best, logits.gather(1, best[:, None]).squeeze(1))
     grouped = num_groups * _GROUP_SIZE
     groups = logits[:, :grouped].unflatten(1, (num_groups, _GROUP_SIZE))
     best_group = groups.amax(-1).argmax(-1)
@@ -140,13 +146,19 @@ def argmax(logits: Tensor) -> Tensor:
     if grouped < vocab_size:
         tail_value, tail_offset = logits[:, grouped:].max(-1)
         best = torch.where(tail_value > value, tail_offset + grouped, best)
-    return best
+        value = torch.maximum(value, tail_value)  # which keeps NaN
+    return _mark(best, value)
+
+
+def _mark(token_ids: Tensor, evidence: Tensor) -> Tensor:
+    """token_ids [N], _NO_TOKEN where evidence [N] is NaN or infinite: a value that any NaN of the row ends up in."""
+    return token_ids.masked_fill((evidence - evidence) != 0, _NO_TOKEN)  # isfinite() is twice as many kernels
 
 
 def sample_plain(logits: Tensor, temperature: Tensor, uniform: Tensor) -> Tensor:
     """Sample softmax(logits / temperature): the first id whose cumulative probability, by id, exceeds uniform.
 
-    logits [N, V] f32, temperature and uniform [N] -> i64 [N].
+    logits [N, V] f32, temperature and uniform [N] -> i64 [N], -1 where the softmax is not finite.
     """
     return torch.cat([_sample_plain_part(logits[p], temperature[p], uniform[p]) for p in _parts(logits)])
 
@@ -164,7 +176,7 @@ def _sample_plain_part(logits: Tensor, temperature: Tensor, uniform: Tensor) -> 
     before = torch.where(group > 0, group_cdf.gather(1, (group - 1).clamp(min=0)), torch.zeros_like(target))
     inside = groups.gather(1, group[:, :, None].expand(-1, -1, _GROUP_SIZE)).squeeze(1)
     offset = _first_above(inside.cumsum(-1), target - before)
-    return (group * _GROUP_SIZE + offset).squeeze(1)
+    return _mark((group * _GROUP_SIZE + offset).squeeze(1), group_cdf[:, -1])
 
 
 def _parts(logits: Tensor) -> list[slice]:
@@ -183,7 +195,7 @@ def sample_filtered(logits: Tensor, temperature: Tensor, uniform: Tensor, filter
 
     Each filter keeps a prefix of that order, so a row is settled by its largest logits if what it keeps ends among
     them; rows that are not go on to more candidates and at last to a full sort. All give the same token.
-    logits [N, V] f32, temperature and uniform [N] -> i64 [N].
+    logits [N, V] f32, temperature and uniform [N] -> i64 [N], -1 where what the filters look at is not finite.
     """
     num_rows, vocab_size = logits.shape
     token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
@@ -200,10 +212,10 @@ def sample_filtered(logits: Tensor, temperature: Tensor, uniform: Tensor, filter
         values, ids = sorted_candidates(part, num_candidates)
         row_filters = Filters(*(f[open_rows] for f in filters))
         row_total = None if total is None else total[open_rows]
-        position, settled = _sample_prefix(
+        position, settled, mass = _sample_prefix(
             values, temperature[open_rows], uniform[open_rows], row_filters, row_total, vocab_size
         )
-        drawn = ids.gather(1, position[:, None]).squeeze(1)
+        drawn = _mark(ids.gather(1, position[:, None]).squeeze(1), mass)
         if num_candidates == vocab_size or bool(settled.all()):
             token_ids[open_rows] = drawn
             break
@@ -214,8 +226,9 @@ def sample_filtered(logits: Tensor, temperature: Tensor, uniform: Tensor, filter
 
 def _sample_prefix(
     values: Tensor, temperature: Tensor, uniform: Tensor, filters: Filters, total: Tensor | None, vocab_size: int
-) -> tuple[Tensor, Tensor]:
-    """Position drawn among the C largest logits `values` [N, C] (descending), and whether C are enough to know it.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Position drawn among the C largest logits `values` [N, C] (descending), whether C are enough to know it, and the
+    weight they stand for, which any NaN among them makes NaN (the largest is, if the row has one).
 
     total [N]: sum of exp((logit - max) / temperature) over the vocabulary, for rows with top_p and without top_k.
     """
@@ -226,7 +239,7 @@ def _sample_prefix(
     kth = values.gather(1, (filters.top_k.clamp(max=num_candidates) - 1)[:, None])
     num_top_k = torch.where(has_top_k, (values >= kth).sum(-1), num_candidates)
     top_k_known = ~has_top_k | (num_top_k < num_candidates)
-    mass = cdf.gather(1, (num_top_k - 1)[:, None])
+    mass = cdf.gather(1, (num_top_k.clamp(min=1) - 1)[:, None])  # NaN keeps none
     if total is not None:
         mass = torch.where(has_top_k[:, None], mass, total[:, None])
     num_top_p = torch.where(filters.top_p < 1, (cdf - weights < filters.top_p[:, None] * mass).sum(-1), num_candidates)
@@ -237,7 +250,8 @@ def _sample_prefix(
     settled = (top_k_known | (filters.top_p >= 1)) & (last > values[:, -1])
     kept_mass = cdf.gather(1, num_kept - 1)
     position = (cdf <= uniform[:, None] * kept_mass).sum(-1)
-    return torch.minimum(position, num_kept.squeeze(1) - 1), settled
+    seen = mass.squeeze(1) + cdf[:, -1]
+    return torch.minimum(position, num_kept.squeeze(1) - 1), settled | ~seen.isfinite(), seen
 
 
 def sorted_candidates(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

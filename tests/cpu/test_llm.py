@@ -404,6 +404,49 @@ def test_failing_model_ends_the_call_and_frees_everything(loaded):
     assert len(llm.generate(PROMPTS[:2], GREEDY, use_tqdm=False)) == 2
 
 
+@pytest.fixture(scope="module")
+def spoilt(model_path):
+    """The model with NaN where token 200 is embedded, so that what has seen it gives NaN logits."""
+    loaded = load_model(model_path, progress=False)
+    with torch.inference_mode():
+        loaded.model.embed_tokens.weight[200] = math.nan
+    return loaded
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 1.0, "seed": 1}, {"temperature": 1.0, "seed": 1, "top_p": 0.9, "n": 3},
+     {"logprobs": 2, "prompt_logprobs": 1}],
+    ids=["greedy", "sampled", "filtered samples", "logprobs"],
+)  # fmt: skip
+def test_logits_that_are_not_finite_end_their_request_alone(spoilt, options):
+    llm = make_llm(spoilt)
+    params = SamplingParams(**{"temperature": 0, "max_tokens": 12, "ignore_eos": True} | options)
+    good = [PROMPTS[0], list(range(100, 140)), PROMPTS[3]]  # which draw no token 200 themselves
+    expected = [[c.token_ids for c in o.outputs] for o in llm.generate(good, params, use_tqdm=False)]
+    bad = list(range(100, 140)) + [200] + [5] * 15  # two of its full blocks are clean, and cached
+    outputs = llm.generate([good[0], bad, *good[1:], bad], params, use_tqdm=False)
+    assert [[c.token_ids for c in outputs[i].outputs] for i in (0, 2, 3)] == expected
+    assert all(outputs[i].error is None for i in (0, 2, 3))
+    for output in (outputs[1], outputs[4]):
+        assert {(c.finish_reason, len(c.token_ids)) for c in output.outputs} == {("error", 0)}
+        assert "logits: got NaN or infinity after 56 tokens" in output.error
+    assert llm.engine.metrics.num_failed_steps == 0
+    assert_all_free(llm)
+    # The blocks that NaN was written to serve others.
+    assert [[c.token_ids for c in o.outputs] for o in llm.generate(good, params, use_tqdm=False)] == expected
+
+
+def test_logits_that_stop_being_finite_end_a_stream_with_what_it_had(spoilt):
+    llm = make_llm(spoilt)
+    params = SamplingParams(temperature=0, max_tokens=12, logit_bias={200: 100.0}, ignore_eos=True)
+    outputs = [output for _, output in llm.stream([PROMPTS[0]], params)]
+    assert [t for o in outputs for c in o.outputs for t in c.token_ids] == [200]
+    assert outputs[-1].finished and outputs[-1].outputs[0].finish_reason == "error"
+    assert "logits: got NaN" in outputs[-1].error
+    assert_all_free(llm)
+
+
 def test_settings_reach_the_engine(model_path):
     llm = LLM(model_path, max_model_len=128, max_num_seqs=3, block_size=16, seed=None, progress=False)
     config = llm.engine.config

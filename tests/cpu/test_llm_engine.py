@@ -516,7 +516,7 @@ def test_changing_an_output_changes_nothing_in_the_engine():
 
 
 @pytest.mark.parametrize(
-    "result", [np.array([], np.int32), np.array([VOCAB_SIZE], np.int32), np.array([-1], np.int32)]
+    "result", [np.array([], np.int32), np.array([VOCAB_SIZE], np.int32), np.array([-2], np.int32)]
 )
 def test_wrong_result_of_an_executor_is_an_error(result):
     engine = make_engine()

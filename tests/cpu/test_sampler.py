@@ -111,6 +111,46 @@ def test_sample_plain_equals_the_definition(seed, vocab_size, fixed):
         check_drawn(int(drawn[row]), np.arange(vocab_size), weights, uniform[row])
 
 
+@pytest.mark.parametrize("vocab_size", [5, 50, 257, 1000, 9000])
+@pytest.mark.parametrize("place", [0, 3, -1])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_rows_that_are_not_finite_give_no_token_and_leave_the_others_alone(vocab_size, place, bad):
+    logits = np.random.default_rng(0).standard_normal((7, vocab_size)).astype(np.float32)
+    logits[2, :-1] = -np.inf  # masked down to one token is fine
+    spoilt = logits.copy()
+    spoilt[1, place], spoilt[4], spoilt[6] = bad, np.nan, -np.inf
+    is_bad = np.isin(np.arange(7), [1, 4, 6])
+    temperature, uniform = torch.full((7,), 0.7), torch.linspace(0, 0.99, 7)
+
+    def draw(x: np.ndarray) -> list[np.ndarray]:
+        x = torch.from_numpy(x)
+        drawn = [sampler.argmax(x), sampler.sample_plain(x, temperature, uniform)]
+        for top_k, top_p, min_p in ((vocab_size, 0.9, 0.0), (3, 1.0, 0.0), (4, 0.5, 0.1), (vocab_size, 1.0, 0.2)):
+            filters = Filters(*(torch.full((7,), value) for value in (top_k, top_p, min_p)))
+            drawn.append(sampler.sample_filtered(x, temperature, uniform, filters))
+        return [token_ids.numpy() for token_ids in drawn]
+
+    for clean, got in zip(draw(logits), draw(spoilt), strict=True):
+        np.testing.assert_array_equal(got, np.where(is_bad, -1, clean))
+        assert (clean >= 0).all()
+
+
+def test_edits_and_temperatures_beyond_fp32_give_no_token():
+    logits = torch.randn(3, 300, generator=torch.Generator().manual_seed(0)).abs()
+    tensors = SamplingTensors(
+        temperature=torch.tensor([1.0, torch.inf, 1.0]), uniform=torch.full((3,), 0.5),
+        plain_rows=torch.tensor([0, 1, 2]), logprob_rows=torch.tensor([0, 1]), num_logprobs=2,
+        edits=LogitEdits(
+            torch.tensor([0, 1]), torch.tensor([[7, 9], [7, 9]]), torch.tensor([[True, True], [False, False]]),
+            torch.zeros(2, 2), torch.tensor([[0.0, 0.0], [-torch.inf, 0.0]]), torch.tensor([1e-44, 1.0]),
+            torch.zeros(2), torch.zeros(2),
+        ),
+    )  # fmt: skip
+    output = sampler.sample(logits, tensors)
+    assert output.token_ids[:2].tolist() == [-1, -1] and output.token_ids[2] >= 0
+    assert output.logprobs.logprobs.isfinite().all() and output.logprobs.top_ids.shape == (2, 2)
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 2**31), st.sampled_from([1, 2, 127, 128, 256, 300, 5000]), st.booleans())
 def test_argmax_takes_the_lowest_id(seed, vocab_size, ties):
