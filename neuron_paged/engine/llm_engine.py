@@ -14,6 +14,7 @@ import numpy as np
 
 from neuron_paged.config import EngineConfig
 from neuron_paged.engine.batch import Batch, build_batch
+from neuron_paged.engine.batch_checks import check_batch
 from neuron_paged.engine.executor import Executor, StepLogprobs, StepResult
 from neuron_paged.engine.metrics import STEP_PHASES, EngineMetrics
 from neuron_paged.engine.outbox import Outbox
@@ -187,6 +188,7 @@ class LLMEngine:
             if not output.scheduled:
                 return
             batch = build_batch(output, self.config.cache.block_size)
+            check_batch(batch, self.config)
             built = time.perf_counter()
             is_executing = True
             result = self._execute(batch)

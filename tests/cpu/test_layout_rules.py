@@ -16,7 +16,7 @@ PACKAGES = ("neuron_paged", "nki_kernels", "compile")
 SPDX = "# SPDX-License-Identifier: Apache-2.0"
 ENGINE_HOST = {
     f"neuron_paged/engine/{name}.py"
-    for name in ("sequence", "block_allocator", "prefix_cache", "scheduler", "batch", "metrics")
+    for name in ("sequence", "block_allocator", "prefix_cache", "scheduler", "batch", "batch_checks", "metrics")
 }
 # Besides env.py: nki's own variable for the target, in a leaf that can't import env.py. (The peers' adapters in
 # bench/peers/ run in another environment, where neuron_paged does not exist.)
