@@ -54,6 +54,32 @@ def test_opcheck(name):
     assert set(results.values()) == {"SUCCESS"}, results
 
 
+@pytest.mark.parametrize("name", ["decode", "packed", "bf16", "rotary"])
+def test_backward_through_an_operator_raises(name):
+    op, args, kwargs = sample_calls()[name]
+    function = getattr(OPS, op)
+    expected = function(*args, **kwargs)
+    args = [x.clone().requires_grad_() if x.is_floating_point() else x for x in args]
+    got = function(*args, **kwargs)
+    loss = 0
+    for a, b in zip(*(x if isinstance(x, tuple) else (x,) for x in (got, expected)), strict=True):
+        assert a.requires_grad and torch.equal(a, b)
+        loss = loss + a.float().sum()
+    with pytest.raises(NotImplementedError, match=f"neuron_paged::{op} is for inference only"):
+        loss.backward()
+    with torch.no_grad():
+        assert not any(x.requires_grad for x in [function(*args, **kwargs)] if isinstance(x, torch.Tensor))
+
+
+def test_backward_through_a_layer_raises_and_leaves_no_gradient():
+    torch.manual_seed(0)
+    layer = Layer()
+    output = layer(*layer_inputs())
+    with pytest.raises(NotImplementedError, match="inference only"):
+        output.sum().backward()
+    assert layer.qkv.weight.grad is None
+
+
 class Layer(nn.Module):
     """One attention layer's use of all operators on a cache."""
 
