@@ -83,7 +83,15 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.flush()
         print(_figures(statistics), file=sys.stderr)
     write_json(args.json, _document(args, outputs, headers, params, statistics))
-    return 0
+    return _report_errors(outputs)
+
+
+def _report_errors(outputs: list["RequestOutput"]) -> int:
+    """Say which prompts' output is cut short by an error; the exit code."""
+    failed = [(number, output.error) for number, output in enumerate(outputs, start=1) if output.error is not None]
+    for number, error in failed:
+        print(f"neuron-paged: prompt {number}: {error}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _render(llm: "LLM", prompt: Prompt, args: argparse.Namespace) -> "EnginePrompt":
@@ -219,6 +227,7 @@ def _document(
                 "num_prompt_tokens": len(output.prompt_token_ids),
                 "num_cached_tokens": output.num_cached_tokens,
                 "prompt_logprobs": _logprobs(output.prompt_logprobs),
+                "error": output.error,
                 "outputs": [
                     {
                         "index": completion.index,

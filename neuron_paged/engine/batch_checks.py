@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of a batch before any executor sees it: a device reads and writes wherever slots and tables point.
 
-The engine makes those numbers itself, so a wrong one is a defect and raises IntegrityError. A few passes over each array:
-0.08 ms for 1024 decodes of 64 blocks each (measured on CPU).
+The engine makes those numbers itself, so a wrong one is a defect and raises IntegrityError. A few passes over each
+array: 0.08 ms for 1024 decodes of 64 blocks each (measured on CPU).
 """
 
 import numpy as np

@@ -26,8 +26,9 @@ class StepLogprobs(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """token_ids i32 [S]: one per sample of the batch, -1 if its logits were not finite. logprobs: of samples whose request asks for them.
-    prompt_logprobs: of prompt tokens whose request asks for them. sample_s: seconds of sampling, if measured."""
+    """token_ids i32 [S]: one per sample of the batch, -1 if its logits were not finite. logprobs: of samples whose
+    request asks for them. prompt_logprobs: of prompt tokens whose request asks for them. sample_s: seconds of sampling,
+    if measured."""
 
     token_ids: npt.NDArray[np.int32]
     logprobs: StepLogprobs | None = None

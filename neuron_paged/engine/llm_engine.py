@@ -33,6 +33,11 @@ from neuron_paged.engine.scheduler import Scheduler, SchedulerOutput
 from neuron_paged.engine.sequence import Sequence, SequenceStatus
 from neuron_paged.errors import InvalidRequestError, StepError
 
+_NOT_FINITE = (
+    "logits: got NaN or infinity after {} tokens, so no next token can be drawn: overflow of the model's dtype (try "
+    "fp32 or bf16), damaged weights, or a sampling parameter beyond fp32."
+)
+
 
 class LLMEngine:
     """Continuous batching of requests over one executor.
@@ -226,16 +231,11 @@ class LLMEngine:
 
     def _fail_not_finite(self, samples: SequenceOf[Sequence], result: StepResult) -> None:
         """End the requests whose logits were NaN or infinite."""
-        for row in np.flatnonzero(result.token_ids < 0):
+        for row in np.flatnonzero(result.token_ids < 0).tolist():
             completion = self._completions.get(samples[row].seq_id)
             if completion is not None:
-                self._end_request(
-                    completion.request,
-                    SequenceStatus.FINISHED_ERROR,
-                    f"logits: got NaN or infinity after {samples[row].num_tokens} tokens, so no next token can be drawn: "
-                    "overflow of the model's dtype (try fp32 or bf16), damaged weights, or a sampling parameter beyond "
-                    "fp32.",
-                )
+                reason = _NOT_FINITE.format(samples[row].num_tokens)
+                self._end_request(completion.request, SequenceStatus.FINISHED_ERROR, reason)
 
     def _process(self, output: SchedulerOutput, batch: Batch, result: StepResult) -> None:
         """Append the sampled tokens, end what ends, and note the requests that have news for their caller.

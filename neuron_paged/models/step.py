@@ -35,7 +35,8 @@ class PromptLogprobTensors(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """token_ids i64 [S], -1 where the logits were not finite; logprobs of SamplingTensors.logprob_rows; prompt_logprobs of PromptLogprobTensors."""
+    """token_ids i64 [S], -1 where the logits were not finite; logprobs of SamplingTensors.logprob_rows; prompt_logprobs
+    of PromptLogprobTensors."""
 
     token_ids: Tensor
     logprobs: Logprobs | None

@@ -4,14 +4,17 @@ change them (batching, chunks, prefix cache, preemption, swapping, other request
 
 import copy
 import itertools
+import json
 import math
+import re
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from neuron_paged import LLM, LLMEngine, SamplingParams
+from neuron_paged.cli import main
 from neuron_paged.config import CacheConfig, EngineConfig, SchedulerConfig
 from neuron_paged.engine.cache_sizing import available_memory_bytes, choose_num_blocks
 from neuron_paged.engine.model_runner import ModelRunner
@@ -445,6 +448,27 @@ def test_logits_that_stop_being_finite_end_a_stream_with_what_it_had(spoilt):
     assert outputs[-1].finished and outputs[-1].outputs[0].finish_reason == "error"
     assert "logits: got NaN" in outputs[-1].error
     assert_all_free(llm)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_command_line_says_which_prompt_failed(model_path, tmp_path, capsys, stream):
+    model = LlamaForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    (spoilt_id,) = tokenizer("Z")["input_ids"]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[spoilt_id] = math.nan
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    options = ["--model", str(tmp_path), "--raw", "--quiet", "--max-tokens", "2", "--ignore-eos"]
+    report = tmp_path / "out.json"
+    capsys.readouterr()
+    prompts = ["--prompt", "good", "--prompt", "baZ", "--json", str(report)]
+    assert main(["generate", *options, *prompts, *(["--stream"] if stream else [])]) == 1
+    said = capsys.readouterr().err
+    assert re.fullmatch("neuron-paged: prompt 2: logits: got NaN or infinity after 3 tokens.*", said.strip())
+    good, bad = json.loads(report.read_text())["requests"]
+    assert good["error"] is None and good["outputs"][0]["finish_reason"] == "length"
+    assert "logits: got NaN" in bad["error"] and bad["outputs"][0]["finish_reason"] == "error"
 
 
 def test_settings_reach_the_engine(model_path):

@@ -397,8 +397,8 @@ def test_failing_tokenizer_ends_its_request_alone(tokenizer, num_failures, kind,
     assert failed.finished and "no such text" in failed.error
     assert {c.finish_reason for c in failed.outputs} <= {"error", "length"} and len(failed.outputs) == params.n
     assert "error" in {c.finish_reason for c in failed.outputs}
-    for name, given in others.items():
-        assert finished[name].outputs[0].token_ids == expected_output([ord(name)], given, 200)
+    for name, other in others.items():
+        assert finished[name].outputs[0].token_ids == expected_output([ord(name)], other, 200)
         assert finished[name].error is None
     assert engine.metrics.num_failed_steps == 0
     assert sum(engine.metrics.num_requests_finished.values()) == 3
