@@ -138,8 +138,13 @@ class Simulation:
 
     def step(self, fail_at: str | None = None, abort: Sequence | None = None) -> SchedulerOutput:
         """One step; it may fail, or a request may be aborted while it is in flight."""
+        kv_cache, head = self.scheduler.kv_cache, self.scheduler._queue.head()
+        running = [s for s in self.sequences if s.status is SequenceStatus.RUNNING]
+        blocks_run_out = kv_cache.num_blocks_for_one_token(running) > kv_cache.device.num_free_blocks
         output = self.scheduler.schedule()
         self.scheduler.check_integrity()
+        if output.preempted and not blocks_run_out:  # it was for the head of the queue, and not in vain
+            assert head is not None and head.status is SequenceStatus.RUNNING
         assert output.num_tokens == sum(item.num_tokens for item in output.scheduled)
         assert output.num_tokens <= self.scheduler.config.max_num_batched_tokens
         if not output.scheduled:
