@@ -227,15 +227,17 @@ def index_tile(instruction: str, index: Any, rows: int) -> NkiTensor:
     return index
 
 
-def unique_rows(instruction: str, rows: np.ndarray) -> None:
-    """Two descriptors writing one row race."""
+def repeated_rows(rows: np.ndarray) -> np.ndarray:
+    """The row numbers that occur more than once."""
     values, counts = np.unique(rows, return_counts=True)
-    if (counts > 1).any():
-        raise law(
-            instruction,
-            "vector_offset",
-            f"row {int(values[counts > 1][0])} is scattered to more than once; the result is nondeterministic",
-        )
+    return values[counts > 1]
+
+
+def unique_rows(instruction: str, rows: np.ndarray) -> None:
+    """Two read-modify-writes of one row race: one of them is lost."""
+    repeated = repeated_rows(rows)
+    if repeated.size:
+        raise law(instruction, "vector_offset", f"row {int(repeated[0])} is added to more than once; updates get lost")
 
 
 def finite_for_pe(core: Core, data: NkiTensor, raw: np.ndarray) -> None:

@@ -341,12 +341,22 @@ def dma_rounds_large_integers(bad):
     nisa.dma_copy(dst=hbm((4, 4), dtype=nl.float32) if bad else hbm((4, 4), dtype=nl.int32), src=x)
 
 
-@law("row 3 is scattered to more than once")
-def duplicate_scatter_rows(bad):
+def rows_from_3(step):
+    """Four rows of an [8, 16] table, from row 3 on."""
     index = nl.ndarray((4, 1), dtype=nl.int32, buffer=nl.sbuf)
-    nisa.iota(dst=index, pattern=[[0, 1]], offset=3, channel_multiplier=0 if bad else 1)
-    dst = hbm((8, 16)).ap(pattern=[[16, 4], [1, 16]], vector_offset=index, indirect_dim=0)
-    nisa.dma_copy(dst=dst, src=tile((4, 16)))
+    nisa.iota(dst=index, pattern=[[0, 1]], offset=3, channel_multiplier=step)
+    return hbm((8, 16)).ap(pattern=[[16, 4], [1, 16]], vector_offset=index, indirect_dim=0)
+
+
+@law("row 3 is scattered to more than once", error=simulator.StrictError, strict=True)
+def duplicate_scatter_rows(bad):
+    nisa.dma_copy(dst=rows_from_3(0 if bad else 1), src=tile((4, 16)))
+
+
+@law("row 3 is added to more than once")
+def duplicate_rows_of_a_scatter_add(bad):
+    rows = rows_from_3(0 if bad else 1)
+    nisa.dma_compute(dst=rows, srcs=[rows, tile((4, 16))], reduce_op=nl.add)
 
 
 @law("source of a vector scatter must be in SBUF")

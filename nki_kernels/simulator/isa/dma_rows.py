@@ -95,23 +95,32 @@ def scatter(core: Core, dst: NkiTensor, src: NkiTensor, oob: Any) -> dict[str, A
     rows = Rows(core, "dma_copy", dst, oob)
     valid, p = rows.valid, dst.shape[0]
     target = rows.indices[valid]
-    law.unique_rows("dma_copy", target)
+    repeated = law.repeated_rows(target)
+    if repeated.size:
+        # Published kernels send padding rows to one row that nobody reads: what it holds afterwards is undefined.
+        core.machine.ambiguous(
+            f"dma_copy: vector_offset: row {int(repeated[0])} is scattered to more than once, in undefined order"
+        )
     values = core.load(src)
     poison = core.invalid(src)
     values = values.reshape((p, *dst.shape[1:]))
     if dst.dtype != src.dtype:
         values = dtypes.cast(values, src.dtype, dst.dtype)
     rows.table[target] = values[valid]
-    scattered(core, rows, dst, target, None if poison is None else poison.reshape((p, *dst.shape[1:]))[valid])
+    undefined = np.zeros(values.shape, bool)
+    if poison is not None and poison.reshape(values.shape)[valid].any():
+        core.machine.note("reads memory that was never written")
+        undefined |= poison.reshape(values.shape)
+    undefined = undefined[valid] | np.isin(target, repeated).reshape(-1, *(1,) * (values.ndim - 1))
+    scattered(core, rows, dst, target, undefined)
     return {"descriptors": int(valid.sum()), "row_bytes": dst.size // p * dst.itemsize, "rows": p}
 
 
 def scattered(core: Core, rows: Rows, dst: NkiTensor, target: np.ndarray, poison: Mask) -> None:
-    """Bookkeeping of rows written by a scatter."""
+    """Bookkeeping of rows written by a scatter; `poison` marks the elements without a defined value."""
     core.pending.clear()
     storage = dst.storage
     if poison is not None and poison.any():
-        core.machine.note("reads memory that was never written")
         if storage.poison is None:
             storage.poison = np.zeros(storage.nbytes // storage.unit, dtype=bool)
             row = (dst.indirection.stride_bytes // dst.itemsize, *dst.strides[1:])  # type: ignore[union-attr]
@@ -174,7 +183,11 @@ def scatter_add(core: Core, dst: NkiTensor, data: NkiTensor, oob: Any) -> dict[s
     law.unique_rows("dma_compute", target)
     add = core.load_fp32(data).reshape((p, *dst.shape[1:]))[rows.valid]
     rows.table[target] = dtypes.from_fp32(dtypes.to_fp32(rows.table[target], dst.dtype) + add, dst.dtype)
-    scattered(core, rows, dst, target, None if rows.poison is None else rows.poison[target])
+    unknown = core.invalid(data)
+    mask = np.zeros(add.shape, bool) if unknown is None else unknown.reshape((p, *dst.shape[1:]))[rows.valid]
+    if mask.any():
+        core.machine.note("reads memory that was never written")
+    scattered(core, rows, dst, target, mask if rows.poison is None else mask | rows.poison[target])
     return {"descriptors": 2 * len(target), "row_bytes": dst.size // p * dst.itemsize, "rows": p}
 
 
