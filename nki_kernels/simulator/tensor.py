@@ -383,6 +383,8 @@ class NkiTensor(NKIObject):
             raise self._bad(".ap", f"pattern {list(pattern)} needs positive counts and strides >= 0")
         if self.on_chip:
             partition = self.storage.partition_bytes // size
+            if self.is_contiguous() and strides[0] * size == self.free_size * self.itemsize:
+                strides = (partition, *strides[1:])  # the view's own row length: the next partition of the tile
             if shape[0] > 1 and strides[0] != partition:
                 raise self._bad(".ap", f"first stride {strides[0]}, need the {partition} elements of a partition")
             if len(shape) < 2:

@@ -395,6 +395,12 @@ def ap_on_a_slice(bad):
     (x[1:3] if bad else x).ap(pattern=[[8, 2], [1, 8]])
 
 
+@law("not a whole tensor", error=simulator.StrictError, strict=True)
+def ap_on_a_slice_of_a_tile(bad):
+    x = tile((4, 8))
+    (x[:, 4:8] if bad else x).ap(pattern=[[4 if bad else 8, 4], [1, 4]])
+
+
 # ---- control ------------------------------------------------------------------------------------------------------
 @law("more than 100 iterations", error=simulator.DeadlockError)
 def endless_loop(bad):
