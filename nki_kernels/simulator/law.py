@@ -75,9 +75,16 @@ def writable(instruction: str, operand: str, t: NkiTensor) -> None:
     """A destination must not repeat elements, nor be a read-only argument."""
     if t.storage.readonly:
         raise law(instruction, operand, f"{t!r} is a read-only argument; pass a writeable array")
-    for n, s in zip(t.shape, t.strides, strict=True):
-        if s == 0 and n > 1:
-            raise law(instruction, operand, f"{t!r} is a broadcast view (stride 0) and cannot be written")
+    if t.repeats_elements():
+        raise law(instruction, operand, f"{t!r} is a broadcast view (stride 0) and cannot be written")
+
+
+def destination(core: Core, instruction: str, t: NkiTensor, reduce_res: Any) -> None:
+    """dst of an instruction that also reduces: published kernels that want the reduction alone give a broadcast view."""
+    if reduce_res is not None and t.repeats_elements() and not t.storage.readonly:
+        core.machine.ambiguous(f"{instruction}: dst: {t!r} is a broadcast view (stride 0): its content is undefined")
+    else:
+        writable(instruction, "dst", t)
 
 
 def same_shape(instruction: str, dst: NkiTensor, **operands: NkiTensor) -> None:

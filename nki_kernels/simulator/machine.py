@@ -213,6 +213,9 @@ class Core:
         storage = t.storage
         if mask is not None and mask.any():
             self.machine.note("reads memory that was never written")
+        if t.repeats_elements():
+            mask = np.ones(t.shape, bool)  # the last of several writes to one element is not defined
+        if mask is not None and mask.any():
             if storage.poison is None:
                 storage.poison = np.zeros(storage.nbytes // storage.unit, dtype=bool)
             storage.poison_view(t.dtype, t.shape, t.strides, t.offset)[...] = mask[..., None]

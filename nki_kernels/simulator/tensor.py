@@ -119,6 +119,10 @@ class NkiTensor(NKIObject):
             and self.strides == contiguous_strides(self.shape)
         )
 
+    def repeats_elements(self) -> bool:
+        """A broadcast view: several indices name one element."""
+        return 0 in self.strides and any(s == 0 and n > 1 for n, s in zip(self.shape, self.strides, strict=True))
+
     def get_pattern(self) -> list[list[int]]:
         return [[s, n] for s, n in zip(self.strides, self.shape, strict=True)]
 

@@ -73,7 +73,7 @@ def _activation(
     fn = law.operator(what, ops.resolve(op, what), "act")
     dst = law.tile(core, what, "dst", dst)
     data = law.tile(core, what, "data", data)
-    law.writable(what, "dst", dst)
+    law.destination(core, what, dst, reduce_res)
     law.same_shape(what, dst, data=data)
     law.overlap(what, dst, "data", data)
     p = data.shape[0]
@@ -150,7 +150,7 @@ def activate2(
         raise law_error(what, "op0, op1", f"({first!r}, {second!r}) is not one of {sorted(legal)}")
     dst = law.tile(core, what, "dst", dst)
     data = law.tile(core, what, "data", data)
-    law.writable(what, "dst", dst)
+    law.destination(core, what, dst, reduce_res)
     law.same_shape(what, dst, data=data)
     x = core.load_fp32(data)
     reads: list[NkiTensor] = [data]

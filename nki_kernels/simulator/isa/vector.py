@@ -373,7 +373,7 @@ def tensor_scalar_reduce(
         raise law_error(what, "reverse0", "not supported yet")
     dst = law.tile(core, what, "dst", dst)
     data = law.tile(core, what, "data", data)
-    law.writable(what, "dst", dst)
+    law.destination(core, what, dst, reduce_res)
     law.same_shape(what, dst, data=data)
     law.overlap(what, dst, "data", data)
     scalar = _scalar_operand(core, what, "operand0", first, operand0, data.shape[0])
