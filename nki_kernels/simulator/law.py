@@ -160,6 +160,12 @@ def overlap(instruction: str, dst: NkiTensor, operand: str, src: NkiTensor) -> N
         raise law(instruction, operand, f"{src!r} partly overlaps dst {dst!r}; order of reads and writes is undefined")
 
 
+def apart(instruction: str, dst: NkiTensor, operand: str, other: NkiTensor) -> None:
+    """Two results of one instruction may not share an element."""
+    if dst.storage is other.storage and np.shares_memory(dst.array, other.array):
+        raise law(instruction, operand, f"{other!r} lies inside dst {dst!r}; which of the two is written last is undefined")
+
+
 def generation_at_least(core: Core, instruction: str, version: int) -> None:
     if core.version < version:
         raise law(instruction, "target", f"needs NeuronCore-v{version} or newer, target is v{core.version}")

@@ -141,3 +141,16 @@ def test_broadcast_dst_raises_where_nothing_else_is_written(issue):
     simulator.run(kernel, X, False)
     with pytest.raises(simulator.LawError, match="is a broadcast view.*test_law_destinations.py"):
         simulator.run(kernel, X, True)
+
+
+@pytest.mark.parametrize("issue", FUSED, ids=lambda f: f.__name__)
+def test_reduction_result_may_not_lie_inside_dst(issue):
+    def kernel(a, column):
+        dst = nl.zeros((128, 9), dtype=nl.float32)
+        issue(dst[:, 0:8], load(a), dst[:, column : column + 1])
+        return store(dst)
+
+    out = simulator.run(kernel, X, 8, target="trn3", strict=True).outputs
+    np.testing.assert_allclose(out[:, 8], FUSED[issue](X.astype(np.float64)), rtol=1e-5, atol=1e-5)
+    with pytest.raises(simulator.LawError, match="reduce_res: .*lies inside dst.*test_law_destinations.py"):
+        simulator.run(kernel, X, 0, target="trn3")

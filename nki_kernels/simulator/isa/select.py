@@ -321,6 +321,7 @@ def nc_match_replace8(
     if dst_idx is not None:
         index = _eight(core, what, "dst_idx", dst_idx, data.shape[0])
         law.writable(what, "dst_idx", index)
+        law.apart(what, dst, "dst_idx", index)
         core.store(index, np.array(found).astype(dtypes.to_numpy(index.dtype)))
         writes = (dst, index)
     return core.record(what, "vector", writes, (data, vals), name)

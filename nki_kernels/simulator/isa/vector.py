@@ -398,6 +398,8 @@ def store_reduction(
     res = law.tile(core, what, "reduce_res", reduce_res)
     if res.shape[0] != dst.shape[0] or res.free_size != 1:
         raise law_error(what, "reduce_res", f"{res.shape}, need [{dst.shape[0]}, 1]")
+    law.writable(what, "reduce_res", res)
+    law.apart(what, dst, "reduce_res", res)
     core.pending.clear()
     core.store_fp32(res, values, None if poison is None else poison.reshape(res.shape))
     return (dst, res)
