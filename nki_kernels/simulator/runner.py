@@ -53,6 +53,11 @@ def default_target() -> str:
     return _session_target[0] or os.environ.get(TARGET_VARIABLE) or DEFAULT_TARGET
 
 
+def session_target() -> str | None:
+    """Target of the innermost `as_nki` block that names one."""
+    return _session_target[0]
+
+
 def set_session_target(target: str | None) -> None:
     _session_target[0] = target
 

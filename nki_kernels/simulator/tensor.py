@@ -40,6 +40,10 @@ class NkiTensor(NKIObject):
         self._array: np.ndarray | None = None
         self._region: tuple[int, int, int, int] | None = None
 
+    def __class_getitem__(cls, shape: Any) -> type["NkiTensor"]:
+        """`nki.typing.tensor[128, 512]` in annotations."""
+        return cls
+
     # ---- attributes -------------------------------------------------------------------------------------------
     @property
     def buffer(self) -> MemoryRegion:
