@@ -173,8 +173,7 @@ def full(shape: Any, fill_value: Any, dtype: Any, buffer: Any = SBUF, name: str 
         value = int(fill_value) if out.dtype in dtypes.INTEGERS else float(fill_value)
         isa.memset(out, value)
     else:
-        out.array[...] = dtypes.from_fp32(np.array(fill_value, np.float32), out.dtype)
-        current().written(out)
+        current().store_fp32(out, np.full(out.shape, fill_value, np.float32))
     return out
 
 

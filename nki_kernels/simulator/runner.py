@@ -17,6 +17,7 @@ from .errors import KernelError, LawError, PoisonError
 from .machine import MAX_LOOP_ITERATIONS, Core, Machine
 from .memory import SHARED_HBM, Storage
 from .objects import NKIObject
+from .races import Accesses
 from .report import Report, Result
 from .state import current_or_none
 from .tensor import NkiTensor
@@ -93,7 +94,7 @@ def launch(
     machine.grid = shape
     if watch is not None:
         watch(machine)
-    arguments = Arguments()
+    arguments = Arguments(pair=machine.num_cores > 1)
     call_args = tuple(arguments.bind(value, f"args[{i}]") for i, value in enumerate(args))
     call_kwargs = {key: arguments.bind(value, key) for key, value in kwargs.items()}
 
@@ -129,7 +130,8 @@ def launch(
 class Arguments:
     """The numpy arrays of a call and the storages that alias them."""
 
-    def __init__(self) -> None:
+    def __init__(self, pair: bool) -> None:
+        self.pair = pair
         self.bound: list[tuple[Storage, np.ndarray, str]] = []
         self._copies: list[tuple[np.ndarray, np.ndarray]] = []
         self._tensors: dict[int, NkiTensor] = {}
@@ -177,7 +179,7 @@ class Arguments:
         flat = memory.reshape(-1).view(np.uint8)
         storage = Storage(shape, name, SHARED_HBM, label, flat)
         storage.readonly = not array.flags.writeable
-        storage.writers = []
+        storage.accesses = Accesses(storage) if self.pair else None
         tensor = NkiTensor(storage, shape, contiguous_strides(shape), 0, name)
         self._tensors[id(array)] = tensor
         self.bound.append((storage, array, label))
