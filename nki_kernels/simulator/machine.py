@@ -26,7 +26,8 @@ from .state import Accumulators, Instruction, Register, current_or_none
 from .tensor import NkiTensor
 from .views import contiguous_strides
 
-MAX_LOOP_ITERATIONS = 1_000_000
+MAX_LOOP_ITERATIONS = 10_000
+INSTRUCTIONS_PER_ITERATION = 10  # a while_loop may issue this many times its bound: 100 k by default, about 5 s
 Mask = np.ndarray | None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..hardware import generation
 from . import dtypes, isa, language
-from .errors import LawError
+from .errors import LawError, at_line
 from .runner import Kernel, default_target, launch, session_target, set_session_target
 from .tensor import NkiTensor
 
@@ -62,8 +62,12 @@ def annotation_modules() -> dict[str, ModuleType]:
     """`neuronxcc.nki.typing`, whose names some kernels annotate with; empty where the real compiler is installed."""
     if "neuronxcc" in sys.modules or importlib.util.find_spec("neuronxcc") is not None:
         return {}
+
+    def old(name: str) -> Any:
+        raise AttributeError(f"neuronxcc.nki.{name}: only neuronxcc.nki.typing is here{at_line()}")
+
     typing = _module("neuronxcc.nki.typing", tensor=NkiTensor, mutable_tensor=NkiTensor)
-    nki = _module("neuronxcc.nki", __path__=[], typing=typing)
+    nki = _module("neuronxcc.nki", __path__=[], typing=typing, __getattr__=old)
     top = _module("neuronxcc", __path__=[], nki=nki)
     return {module.__name__: module for module in (top, nki, typing)}
 

@@ -409,6 +409,18 @@ def endless_loop(bad):
     nl.while_loop(one, lambda r: r if bad else zero)
 
 
+@law("while_loop: more than 1000 instructions", error=simulator.DeadlockError)
+def endless_loop_with_a_large_body(bad):
+    one, zero, x = nisa.register_alloc(1), nisa.register_alloc(0), tile((4, 4))
+
+    def body(r):
+        for _ in range(100):
+            nisa.memset(dst=x, value=1.0)
+        return one if bad else zero
+
+    nl.while_loop(one, body)
+
+
 @law("device loops do not nest", target="trn1")
 def nested_loops_on_v2(bad):
     def inner(i):
