@@ -154,3 +154,35 @@ def test_reduction_result_may_not_lie_inside_dst(issue):
     np.testing.assert_allclose(out[:, 8], FUSED[issue](X.astype(np.float64)), rtol=1e-5, atol=1e-5)
     with pytest.raises(simulator.LawError, match="reduce_res: .*lies inside dst.*test_law_destinations.py"):
         simulator.run(kernel, X, 0, target="trn3")
+
+
+@pytest.mark.parametrize("bad,match", [
+    (nisa.reduce_cmd.load_reduce, "reduce_cmd: .*load_reduce, need idle, reset, reduce or reset_reduce"),
+    (7, "reduce_cmd: got 7, need a member"),
+    ("reset", "reduce_cmd: got 'reset', need a member"),
+])  # fmt: skip
+@pytest.mark.parametrize("activate2", [False, True])
+def test_reduce_cmd_of_activations(activate2, bad, match):
+    def kernel(a, command):
+        dst, res = nl.zeros((128, 8), dtype=nl.float32), nl.zeros((128, 1), dtype=nl.float32)
+        fused = dict(reduce_op=nl.add, reduce_res=res, reduce_cmd=command)
+        if activate2:
+            nisa.activate2(dst=dst, op=nl.square, data=load(a), imm0=1.0, imm1=0.0, op0=nl.multiply, op1=nl.add, **fused)
+        else:
+            nisa.activation(dst=dst, op=nl.square, data=load(a), **fused)
+
+    with pytest.raises(simulator.LawError, match=f"activat.*: {match}.*test_law_destinations.py"):
+        simulator.run(kernel, X, bad, target="trn3")
+    simulator.run(kernel, X, RESET, target="trn3", strict=True)
+    (noted,) = simulator.run(kernel, X, 3, target="trn3").report.diagnostics
+    assert "integer 3 instead of nisa.reduce_cmd" in noted
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), np.float32("nan")])
+def test_memset_of_an_integer_tile_with_a_value_no_integer_has(value):
+    def kernel(number, dtype):
+        nisa.memset(dst=nl.ndarray((4, 4), dtype=dtype, buffer=nl.sbuf), value=number)
+
+    with pytest.raises(simulator.LawError, match="memset: value: .*(inf|nan).* int32 .*test_law_destinations.py"):
+        simulator.run(kernel, value, nl.int32)
+    simulator.run(kernel, value, nl.float32)

@@ -10,6 +10,7 @@ from ..errors import law as law_error
 from ..machine import Core
 from ..state import Instruction, current
 from ..tensor import NkiTensor
+from .enums import member
 from .enums import reduce_cmd as ReduceCmd
 from .vector import ERRSTATE, accumulate_rows, row_poison, scalar_value, store_reduction
 
@@ -98,6 +99,7 @@ def _select_store(
     reducer = ops.OPS["maximum"] if reduce_op is None else ops.resolve(reduce_op, what, "reduce_op")
     if reducer.name != "maximum":
         raise law_error(what, "reduce_op", f"{reducer!r}, need nl.maximum")
+    command = member(what, "reduce_cmd", ReduceCmd, command)
     poison = row_poison(core, dst.shape[0])
     core.store_fp32(dst, out)
     if command is ReduceCmd.idle and reduce_res is None:
@@ -224,9 +226,10 @@ def exponential(
     poison = row_poison(core, dst.shape[0])
     core.store_fp32(dst, x)
     writes: tuple[NkiTensor, ...] = (dst,)
-    if reduce_cmd is not ReduceCmd.idle or reduce_res is not None:
+    command = member(what, "reduce_cmd", ReduceCmd, reduce_cmd)
+    if command is not ReduceCmd.idle or reduce_res is not None:
         rows = x.reshape(x.shape[0], -1).sum(axis=1, dtype=np.float32)
-        values = accumulate_rows(core, what, ops.OPS["add"], rows, reduce_cmd, reduce_init)
+        values = accumulate_rows(core, what, ops.OPS["add"], rows, command, reduce_init)
         writes = store_reduction(core, what, dst, reduce_res, values, poison)
     else:
         core.vector_accumulators.valid = False

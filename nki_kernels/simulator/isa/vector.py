@@ -63,7 +63,7 @@ def memset(dst: NkiTensor, value: Any, engine: Any = Engine.unknown, name: str |
     if not is_int and not isinstance(value, (float, np.floating, bool)):
         raise law_error("memset", "value", f"got {value!r}, need a number")
     if dst.dtype in dtypes.INTEGERS:
-        if not is_int and not isinstance(value, bool) and float(value) != int(value):
+        if not is_int and not (np.isfinite(value) and float(value) == int(value)):
             raise law_error("memset", "value", f"{value!r} for a {dst.dtype} tile, need an int")
         if not is_int:
             core.machine.ambiguous(f"memset: value: {type(value).__name__} for a {dst.dtype} tile")
