@@ -76,7 +76,6 @@ for _name in dtypes.NAMES:
     if _name != "bool":
         globals()[_name] = _name
 bool_ = "bool"
-float8_e5m2_x4, float8_e4m3fn_x4, float4_e2m1fn_x4 = "float8_e5m2_x4", "float8_e4m3fn_x4", "float4_e2m1fn_x4"
 sbuf, psum = SBUF, PSUM
 hbm = private_hbm = PRIVATE_HBM
 shared_hbm = SHARED_HBM

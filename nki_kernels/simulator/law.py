@@ -18,12 +18,15 @@ from .tensor import NkiTensor
 
 MAX_VIEW_DIMS = 5
 MAX_FREE_ELEMENTS = {SBUF: 64 * 1024, PSUM: 4 * 1024}
+PACKED_INSTRUCTIONS = frozenset({"memset", "tensor_copy", "sendrecv"})
 INDEX_DTYPES = ("int32", "uint32")
 
 
 def tensor(instruction: str, operand: str, t: Any) -> NkiTensor:
-    """`t` itself if it is a tensor, else a clear error."""
+    """`t` itself if it is a tensor with elements, else a clear error."""
     if isinstance(t, NkiTensor):
+        if 0 in t.shape:
+            raise law(instruction, operand, f"{t!r} is empty")
         return t
     raise law(instruction, operand, f"got {type(t).__name__} {t!r:.60}, need a tensor")
 
@@ -59,6 +62,8 @@ def tile(core: Core, instruction: str, operand: str, t: Any, buffers: tuple[Any,
         raise law(instruction, operand, f"{t!r} steps over partitions (stride {t.strides[0]}); engines cannot")
     if t.offset * t.itemsize >= storage.partition_bytes or storage.address is not None:
         start_partition(instruction, operand, t, shape[0])
+    if t.dtype in dtypes.PACKED and instruction not in PACKED_INSTRUCTIONS:
+        raise law(instruction, operand, f"dtype {t.dtype}; packed types are moved by DMA and tensor_copy only")
     free = 1
     for n in shape[1:]:
         free *= n
@@ -131,6 +136,12 @@ def bitvec_dtypes(instruction: str, **operands: NkiTensor) -> None:
     for name, t in operands.items():
         if t.dtype not in dtypes.INTEGERS:
             raise law(instruction, name, f"dtype {t.dtype}; bitvec operators work on integer bit patterns only")
+
+
+def not_packed(instruction: str, dst: NkiTensor, src: NkiTensor) -> None:
+    """A copy converts between any two dtypes but the packed ones."""
+    if dst.dtype != src.dtype and (dst.dtype in dtypes.PACKED or src.dtype in dtypes.PACKED):
+        raise law(instruction, "dst", f"{src.dtype} to {dst.dtype}: packed types are not converted")
 
 
 def exact_integers(instruction: str, operand: str, t: NkiTensor, raw: np.ndarray) -> None:

@@ -329,7 +329,7 @@ class NkiTensor(NKIObject):
         wanted = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
         sizes = split_shape(self.size, tuple(int(n) for n in wanted))
         if sizes is None:
-            raise self._bad("reshape", f"{tuple(wanted)} has another number of elements")
+            raise self._bad("reshape", f"{tuple(wanted)} does not hold its {self.size} elements in positive sizes")
         if (self.on_chip or self._vector) and sizes[0] != self.shape[0]:
             raise self._bad("reshape", f"partition dimension {self.shape[0]} cannot become {sizes[0]}")
         strides = reshape_strides(self.shape, self.strides, sizes)

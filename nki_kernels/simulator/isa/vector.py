@@ -47,6 +47,7 @@ def tensor_copy(dst: NkiTensor, src: NkiTensor, engine: Any = Engine.unknown, na
     chosen = pick("tensor_copy", engine, engines, "vector")
     raw = core.load(src)
     if dst.dtype != src.dtype:
+        law.not_packed("tensor_copy", dst, src)
         law.exact_integers("tensor_copy", "src", src, raw)
         raw = dtypes.cast(raw, src.dtype, dst.dtype)
     core.store(dst, raw)
@@ -71,6 +72,10 @@ def memset(dst: NkiTensor, value: Any, engine: Any = Engine.unknown, name: str |
         if not info.min <= int(value) <= info.max:
             raise law_error("memset", "value", f"{value} does not fit in {dst.dtype}")
         fill = dtypes.to_numpy(dst.dtype).type(int(value))
+    elif dst.dtype in dtypes.PACKED:
+        if value != 0:
+            raise law_error("memset", "value", f"{value!r} for a {dst.dtype} tile, need 0")
+        fill = np.zeros((), dtypes.to_numpy(dst.dtype))
     else:
         if is_int and value != 0:
             core.machine.ambiguous(f"memset: value: int {value} for a {dst.dtype} tile")
