@@ -54,8 +54,8 @@ _INT_RANGE: dict[str, tuple[int, int]] = {
 FP32_EXACT_INT = 1 << 24  # integers up to here are exact in fp32
 
 
-def canonical(dtype: Any) -> str:
-    """NKI name of `dtype` (a name, a numpy dtype or scalar type). LawError if NKI has no such dtype."""
+def canonical(dtype: Any, operand: str = "dtype") -> str:
+    """NKI name of `dtype` (a name, a numpy dtype or scalar type). LawError naming `operand` if NKI has no such dtype."""
     if isinstance(dtype, str) and dtype in _NUMPY:
         return dtype
     if isinstance(dtype, str) and dtype == "bool_":
@@ -64,7 +64,7 @@ def canonical(dtype: Any) -> str:
         return _BY_NUMPY[np.dtype(dtype)]
     except (TypeError, KeyError):
         raise LawError(
-            f"dtype: got {dtype!r}, need one of {', '.join(NAMES)}{at_line()}. "
+            f"{operand}: got {dtype!r}, need one of {', '.join(NAMES)}{at_line()}. "
             "Cast the array first; NKI has no 64-bit types."
         ) from None
 

@@ -11,7 +11,7 @@ from ..hardware import NUM_PARTITIONS, PSUM_BANK_BYTES, PSUM_BANKS, generation
 from . import dtypes, isa
 from . import language_math as _tiles
 from .control import dynamic_range, fori_loop, while_loop
-from .errors import LawError, at_line
+from .errors import LawError, at_line, unknown_name
 from .memory import PRIVATE_HBM, PSUM, SBUF, SHARED_HBM, MemoryRegion, check_shape
 from .objects import DynamicSlice, NKIObject
 from .ops import OPS
@@ -90,7 +90,7 @@ def __getattr__(name: str) -> Any:
         return "bool"
     if name == "range":
         return range
-    raise AttributeError(f"nl.{name} is not implemented by the simulator")
+    raise unknown_name("nl", name, globals())
 
 
 class TileSize(NKIObject):

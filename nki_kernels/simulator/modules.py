@@ -10,7 +10,7 @@ from typing import Any
 
 from ..hardware import generation
 from . import dtypes, isa, language
-from .errors import LawError, at_line
+from .errors import LawError, unknown_name
 from .runner import Kernel, default_target, launch, session_target, set_session_target
 from .tensor import NkiTensor
 
@@ -35,8 +35,13 @@ class ReplicaGroup:
 
 
 def _module(name: str, **attributes: Any) -> ModuleType:
+    """A module of these attributes; any other name of it raises with the nearest known one."""
+
+    def missing(attribute: str) -> Any:
+        raise unknown_name(name, attribute, vars(module))
+
     module = ModuleType(name)
-    module.__dict__.update(attributes)
+    module.__dict__.update({"__getattr__": missing} | attributes)
     return module
 
 
@@ -62,12 +67,8 @@ def annotation_modules() -> dict[str, ModuleType]:
     """`neuronxcc.nki.typing`, whose names some kernels annotate with; empty where the real compiler is installed."""
     if "neuronxcc" in sys.modules or importlib.util.find_spec("neuronxcc") is not None:
         return {}
-
-    def old(name: str) -> Any:
-        raise AttributeError(f"neuronxcc.nki.{name}: only neuronxcc.nki.typing is here{at_line()}")
-
     typing = _module("neuronxcc.nki.typing", tensor=NkiTensor, mutable_tensor=NkiTensor)
-    nki = _module("neuronxcc.nki", __path__=[], typing=typing, __getattr__=old)
+    nki = _module("neuronxcc.nki", __path__=[], typing=typing)
     top = _module("neuronxcc", __path__=[], nki=nki)
     return {module.__name__: module for module in (top, nki, typing)}
 

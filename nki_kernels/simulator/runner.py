@@ -167,7 +167,7 @@ class Arguments:
     def _tensor(self, array: np.ndarray, label: str) -> NkiTensor:
         if id(array) in self._tensors:
             return self._tensors[id(array)]
-        name = dtypes.canonical(array.dtype)
+        name = dtypes.canonical(array.dtype, f"{label}: dtype")
         if array.size == 0:
             raise LawError(f"{label}: array of shape {array.shape} is empty")
         memory = array

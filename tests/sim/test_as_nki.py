@@ -11,6 +11,7 @@ import pytest
 
 from nki_kernels import simulator
 from nki_kernels.simulator.runner import default_target
+from nki_kernels.toolchain import nisa, nl
 
 ANNOTATED = """
 import neuronxcc.nki.typing as nt
@@ -68,3 +69,35 @@ def test_nested_blocks_restore_the_outer_target():
             assert default_target() == "trn1"
         assert sys.modules["nki"] is nki
     assert default_target() == before
+
+
+@pytest.mark.parametrize(
+    "module,name,nearest",
+    [
+        ("nki.isa", "tensor_scalr", "tensor_scalar"),
+        ("nki.isa", "nc_matmul_mx", "nc_matmul"),
+        ("nki.language", "loadd", "load"),
+        ("nki.collectives", "all_gather", "none"),
+        ("nki.typing", "mutable_tensr", "mutable_tensor"),
+        ("nki", "simulat", "simulate"),
+    ],
+)
+def test_unknown_names_raise_with_the_nearest_and_hasattr_is_false(module, name, nearest):
+    with simulator.as_nki():
+        target = importlib.import_module(module)
+        assert not hasattr(target, name)
+        assert getattr(target, name, "absent") == "absent"
+        with pytest.raises(simulator.NotImplementedInstructionError, match=f"{name} .*test_as_nki.py:.* .*({nearest})"):
+            getattr(target, name)
+        with pytest.raises(ImportError):
+            importlib.import_module(f"{module}.{name}")
+
+
+@pytest.mark.parametrize("alias,target", [("trn1n", "trn1"), ("trn3_a0", "trn3"), ("gen3", "trn2")])
+def test_other_names_of_a_target(alias, target):
+    def kernel():
+        out = nl.ndarray((1, 1), dtype=nl.int32, buffer=nl.shared_hbm)
+        nl.store(out, nl.full((1, 1), int(nisa.get_nc_version()), dtype=nl.int32))
+        return out
+
+    assert simulator.run(kernel, target=alias).outputs == simulator.run(kernel, target=target).outputs
