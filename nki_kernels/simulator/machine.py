@@ -45,9 +45,9 @@ class Machine:
         self.cores = [Core(self, i) for i in range(num_cores)]
         self.pair: Any = None  # control.Pair while two programs run
 
-    def note(self, message: str) -> None:
-        """Record a diagnostic once per kernel line."""
-        key = (message, *caller_line())
+    def note(self, message: str, where: tuple[str, int] | None = None) -> None:
+        """Record a diagnostic once per kernel line (`where`, or the running one)."""
+        key = (message, *(where or caller_line()))
         self.diagnostics[key] = self.diagnostics.get(key, 0) + 1
 
     def ambiguous(self, message: str) -> None:

@@ -2,9 +2,10 @@
 """Launching kernels: numpy arguments to tensors, one program per core, results back to numpy."""
 
 import dataclasses
+import difflib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from ..hardware import DEFAULT_TARGET, generation
 from . import dtypes
 from .capacity import check_capacity
 from .control import run_programs
-from .errors import KernelError, LawError, PoisonError
+from .errors import KernelError, LawError, PoisonError, at_line
 from .machine import MAX_LOOP_ITERATIONS, Core, Machine
 from .memory import SHARED_HBM, Storage
 from .objects import NKIObject
@@ -29,14 +30,30 @@ TARGET_VARIABLE = "NEURON_PLATFORM_TARGET_OVERRIDE"
 class Kernel:
     """`@nki.jit` function. Call with numpy arrays, or `kernel[lnc](…)`; inside a kernel it is an ordinary function."""
 
-    def __init__(self, func: Callable[..., Any], grid: Any = None, target: str | None = None) -> None:
-        self.func, self.grid, self.target = func, grid, target
+    def __init__(
+        self,
+        func: Callable[..., Any],
+        grid: Any = None,
+        target: str | None = None,
+        schedule: tuple[tuple[str, tuple[str, ...]], ...] = (),
+    ) -> None:
+        self.func, self.grid, self.target, self.schedule = func, grid, target, schedule
         self.__name__ = getattr(func, "__name__", "kernel")
         self.__doc__ = func.__doc__
         self.__wrapped__ = func
 
     def __getitem__(self, grid: Any) -> "Kernel":
-        return Kernel(self.func, grid, self.target)
+        return Kernel(self.func, grid, self.target, self.schedule)
+
+    def with_schedule(self, edges: Iterable[tuple[str, str | Iterable[str]]]) -> "Kernel":
+        """The kernel with extra dependencies: (name, name or names it waits for) of instructions given `name=`."""
+        schedule = []
+        for edge in edges:
+            if not (isinstance(edge, tuple) and len(edge) == 2 and isinstance(edge[0], str)):
+                raise LawError(f"with_schedule: got {edge!r}, need (name, name or names it waits for){at_line()}")
+            waits_for = (edge[1],) if isinstance(edge[1], str) else tuple(edge[1])
+            schedule.append((edge[0], waits_for))
+        return Kernel(self.func, self.grid, self.target, (*self.schedule, *schedule))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         core = current_or_none()
@@ -102,6 +119,8 @@ def launch(
         return func(*call_args, **call_kwargs)
 
     returned = run_programs(machine, body)
+    if isinstance(kernel, Kernel):
+        apply_schedule(machine, kernel)
     arguments.copy_back()
     marks = [check_capacity(core) for core in machine.cores]
     report = Report(
@@ -125,6 +144,30 @@ def launch(
             f"{'; '.join(report.poisoned)} depend on memory that was never written. {'; '.join(reads[:3])}"
         )
     return Result(outputs, report)
+
+
+def apply_schedule(machine: Machine, kernel: Kernel) -> None:
+    """Add the edges of `with_schedule` to the recorded instructions. LawError for a name that none of them has."""
+    for core in machine.cores:
+        named: dict[str, list[int]] = {}
+        for event in core.events:
+            if event.name is not None:
+                named.setdefault(event.name, []).append(event.number)
+        for waiting, producers in kernel.schedule:
+            for name in (waiting, *producers):
+                if name not in named:
+                    near = difflib.get_close_matches(name, named, n=3) or sorted(named)[:3]
+                    raise LawError(
+                        f"with_schedule: {kernel.__name__} has no instruction named {name!r}. Nearest: "
+                        f"{', '.join(near) or 'none is named'}."
+                    )
+            for index in named[waiting]:
+                event = core.events[index]
+                before = tuple(i for name in producers for i in named[name] if i < index)
+                core.events[index] = event._replace(after=(*event.after, *before))
+                if not before:
+                    later = f"with_schedule: {waiting} waits for {', '.join(producers)}, issued later: not modelled"
+                    machine.note(later, (event.file, event.line))
 
 
 class Arguments:

@@ -54,6 +54,12 @@ class NkiTensor(NKIObject):
         return self.storage.name
 
     @property
+    def address(self) -> tuple[int, int] | None:
+        """(partition, byte offset) of the first element of a tile that was allocated at an address."""
+        base = self.storage.address
+        return None if base is None else (base[0] + self.region[0], base[1] + self.region[2])
+
+    @property
     def ndim(self) -> int:
         return len(self.shape)
 

@@ -373,6 +373,12 @@ def dma_transpose_shape(bad):
     nisa.dma_transpose(dst=dst, src=hbm((16, 32), dtype=nl.bfloat16))
 
 
+@law("scalar_tensor_tensor: dtype: no document", error=simulator.StrictError, strict=True)
+def undocumented_argument(bad):
+    x, extra = tile((4, 4)), {"dtype": nl.float32} if bad else {}
+    nisa.scalar_tensor_tensor(dst=x, data=x, op0=nl.add, operand0=1.0, op1=nl.add, operand1=x, **extra)
+
+
 # ---- views --------------------------------------------------------------------------------------------------------
 @law("leaves|need 0 <= start < stop", error=simulator.OutOfBoundsError)
 def slice_beyond_shape(bad):

@@ -191,3 +191,14 @@ def test_ap_on_a_slice_of_a_tile_with_gaps_in_its_rows_raises():
     simulator.run(kernel, 48)
     with pytest.raises(simulator.LawError, match="first stride 8, need the 48 elements"):
         simulator.run(kernel, 8)
+
+
+def test_address_of_tiles_that_were_placed():
+    def kernel(seen):
+        placed = nl.ndarray((64, 8), dtype=nl.float32, buffer=nl.sbuf, address=(64, 512))
+        free = nl.ndarray((64, 8), dtype=nl.float32, buffer=nl.sbuf)
+        seen += [placed.address, placed[32:64, 2:4].address, free.address]
+
+    seen = []
+    simulator.run(lambda: kernel(seen))
+    assert seen == [(64, 512), (96, 520), None]

@@ -251,6 +251,8 @@ def scalar_tensor_tensor(
     """dst = (data <op0> operand0) <op1> operand1 with operand0 a constant or [P, 1] and operand1 a full tile."""
     core = current()
     what = "scalar_tensor_tensor"
+    if dtype is not None:
+        core.machine.ambiguous(f"{what}: dtype: no document has this argument; published kernels pass it, ignored here")
     first, second = ops.resolve(op0, what, "op0"), ops.resolve(op1, what, "op1")
     dst = law.tile(core, what, "dst", dst)
     data = law.tile(core, what, "data", data)
