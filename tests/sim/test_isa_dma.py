@@ -111,6 +111,24 @@ def test_scatter_writes_rows_and_skip_leaves_the_rest(rows, data):
     np.testing.assert_array_equal(table, expected)
 
 
+@pytest.mark.parametrize("columns", [6, 2])
+def test_gather_of_skipped_rows_only(columns):
+    """From a table that was partly written; dst of the same or of another shape."""
+    index = np.full((4, 1), SKIP, np.uint32)
+
+    def kernel(i):
+        table = nl.ndarray((8, 6), dtype=nl.float32, buffer=nl.private_hbm)
+        nisa.dma_copy(dst=table[0:1], src=nl.zeros((1, 6), dtype=nl.float32))
+        out = nl.full((24 // columns, columns), 7.0, dtype=nl.float32)
+        source = table.ap([[6, 4], [1, 6]], vector_offset=load(i), indirect_dim=0)
+        nisa.dma_copy(dst=out, src=source, oob_mode=nisa.oob_mode.skip)
+        return store(out)
+
+    result = simulator.run(kernel, index)
+    np.testing.assert_array_equal(result.outputs, np.full((24 // columns, columns), 7.0))
+    assert result.report.poisoned == []
+
+
 def test_row_scattered_to_twice_is_undefined_and_the_others_are_not():
     """Padding tokens of a mixture of experts share one row: legal as long as nobody reads that row."""
     values = np.arange(24, dtype=np.float32).reshape(4, 6)

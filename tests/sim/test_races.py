@@ -136,6 +136,20 @@ def test_a_barrier_orders_the_programs():
     np.testing.assert_array_equal(simulator.run(kernel, zeros(), grid=2, strict=True).outputs, np.full((4, 8), 2.0))
 
 
+def test_barrier_on_something_else_than_shared_hbm():
+    def kernel(x, buffer):
+        data = x if buffer is None else nl.ndarray((4, 8), dtype=nl.float32, buffer=buffer)
+        nisa.core_barrier(data=data, cores=(0, 1))
+
+    simulator.run(kernel, zeros(), None, grid=2, strict=True)
+    noted = simulator.run(kernel, zeros(), nl.sbuf, grid=2).report.diagnostics[0]
+    assert "is in sbuf, the text says shared_hbm" in noted
+    with pytest.raises(simulator.StrictError, match="core_barrier: data: .* is in sbuf"):
+        simulator.run(kernel, zeros(), nl.sbuf, grid=2, strict=True)
+    with pytest.raises(simulator.LawError, match="core_barrier: data: .* must be in shared_hbm"):
+        simulator.run(kernel, zeros(), nl.private_hbm, grid=2)
+
+
 def test_both_programs_may_read_and_rewrite_equal_bytes():
     def kernel(x):
         tile = filled(0)

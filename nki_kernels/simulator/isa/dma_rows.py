@@ -101,13 +101,16 @@ def gather(core: Core, dst: NkiTensor, src: NkiTensor, oob: Any) -> dict[str, An
     else:
         old = core.invalid(dst)
         mask = np.zeros((p, dst.size // p), bool) if old is None else old.reshape(p, -1).copy()
-        mask[valid] = False if rows.poison is None else rows.poison[rows.indices[valid]].reshape(len(picked), -1)
+        if rows.poison is None:
+            mask[valid] = False
+        else:
+            mask[valid] = rows.poison[rows.indices[valid]].reshape(len(picked), dst.size // p)
         if dst.shape[0] == p:
             out = dst.array.copy()
             out[valid] = picked.reshape((len(picked), *dst.shape[1:]))
         else:
             out = dst.array.reshape(p, -1).copy()
-            out[valid] = picked.reshape(len(picked), -1)
+            out[valid] = picked.reshape(len(picked), dst.size // p)
         core.store(dst, out, mask.reshape(dst.shape))
     return {"descriptors": int(valid.sum()), "row_bytes": src.size // p * src.itemsize, "rows": p}
 
@@ -216,6 +219,6 @@ def gather_add(core: Core, dst: NkiTensor, src: NkiTensor, oob: Any) -> dict[str
     p = src.shape[0]
     out = core.load_fp32(dst).reshape(p, -1).copy()
     picked = dtypes.to_fp32(rows.read(core), src.dtype)
-    out[rows.valid] += picked.reshape(len(picked), -1)
+    out[rows.valid] += picked.reshape(len(picked), out.shape[1])
     core.store_fp32(dst, out)
     return {"descriptors": int(rows.valid.sum()), "row_bytes": math.prod(src.shape[1:]) * src.itemsize, "rows": p}
