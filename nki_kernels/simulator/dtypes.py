@@ -55,7 +55,7 @@ FP32_EXACT_INT = 1 << 24  # integers up to here are exact in fp32
 
 
 def canonical(dtype: Any, operand: str = "dtype") -> str:
-    """NKI name of `dtype` (a name, a numpy dtype or scalar type). LawError naming `operand` if NKI has no such dtype."""
+    """NKI name of `dtype` (a name, a numpy dtype or scalar type). LawError naming `operand` if NKI has none."""
     if isinstance(dtype, str) and dtype in _NUMPY:
         return dtype
     if isinstance(dtype, str) and dtype == "bool_":

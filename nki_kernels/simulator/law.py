@@ -85,7 +85,7 @@ def writable(instruction: str, operand: str, t: NkiTensor) -> None:
 
 
 def destination(core: Core, instruction: str, t: NkiTensor, reduce_res: Any) -> None:
-    """dst of an instruction that also reduces: published kernels that want the reduction alone give a broadcast view."""
+    """dst of an instruction that also reduces: published kernels that want only that give a broadcast view."""
     if reduce_res is not None and t.repeats_elements() and not t.storage.readonly:
         core.machine.ambiguous(f"{instruction}: dst: {t!r} is a broadcast view (stride 0): its content is undefined")
     else:
@@ -174,7 +174,7 @@ def overlap(instruction: str, dst: NkiTensor, operand: str, src: NkiTensor) -> N
 def apart(instruction: str, dst: NkiTensor, operand: str, other: NkiTensor) -> None:
     """Two results of one instruction may not share an element."""
     if dst.storage is other.storage and np.shares_memory(dst.array, other.array):
-        raise law(instruction, operand, f"{other!r} lies inside dst {dst!r}; which of the two is written last is undefined")
+        raise law(instruction, operand, f"{other!r} lies inside dst {dst!r}; which is written last is undefined")
 
 
 def generation_at_least(core: Core, instruction: str, version: int) -> None:

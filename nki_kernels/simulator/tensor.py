@@ -2,7 +2,7 @@
 """NkiTensor: strided views over storage, with `.ap` and dynamic (register, scalar-tile, vector-tile) offsets.
 
 Strides and offsets count elements of the tensor's dtype. On-chip dim 0 is the partition dimension and stays dim 0.
-Readings of the texts where they disagree: `README.md` of this folder.
+Readings of the texts where they disagree: `README.md` of this folder. Longer than other files: one class, one file.
 """
 
 import math

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every law: the violating kernel raises with instruction, operand and line; its conforming twin runs."""
+"""Every law: the violating kernel raises with instruction, operand and line; its conforming twin runs.
+
+Longer than other test files because it holds the table of laws.
+"""
 
 import numpy as np
 import pytest

@@ -167,7 +167,8 @@ def test_reduce_cmd_of_activations(activate2, bad, match):
         dst, res = nl.zeros((128, 8), dtype=nl.float32), nl.zeros((128, 1), dtype=nl.float32)
         fused = dict(reduce_op=nl.add, reduce_res=res, reduce_cmd=command)
         if activate2:
-            nisa.activate2(dst=dst, op=nl.square, data=load(a), imm0=1.0, imm1=0.0, op0=nl.multiply, op1=nl.add, **fused)
+            steps = dict(imm0=1.0, imm1=0.0, op0=nl.multiply, op1=nl.add)
+            nisa.activate2(dst=dst, op=nl.square, data=load(a), **steps, **fused)
         else:
             nisa.activation(dst=dst, op=nl.square, data=load(a), **fused)
 

@@ -27,6 +27,7 @@ from .enums import (
     vector_engine,
 )
 from .gpsimd import affine_select, iota, local_gather, nc_n_gather, nonzero_with_count, tensor_partition_reduce
+from .reductions import tensor_scalar_reduce
 from .registers import register_alloc, register_load, register_move, register_store
 from .scalar import activate2, activation, activation_reduce
 from .scan import tensor_scalar_cumulative, tensor_tensor_scan
@@ -50,7 +51,6 @@ from .vector import (
     tensor_copy,
     tensor_reduce,
     tensor_scalar,
-    tensor_scalar_reduce,
     tensor_tensor,
 )
 

@@ -12,7 +12,8 @@ from ..state import Instruction, current
 from ..tensor import NkiTensor
 from .enums import member
 from .enums import reduce_cmd as ReduceCmd
-from .vector import ERRSTATE, row_poison, scalar_value, store_reduction
+from .reductions import row_poison, store_reduction
+from .vector import ERRSTATE, scalar_value
 
 
 def _bias(core: Core, what: str, bias: Any, partitions: int) -> NkiTensor | float:

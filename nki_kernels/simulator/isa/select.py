@@ -12,7 +12,8 @@ from ..state import Instruction, current
 from ..tensor import NkiTensor
 from .enums import member
 from .enums import reduce_cmd as ReduceCmd
-from .vector import ERRSTATE, accumulate_rows, row_poison, scalar_value, store_reduction
+from .reductions import accumulate_rows, row_poison, store_reduction
+from .vector import ERRSTATE, scalar_value
 
 FP32_MIN = float(np.finfo(np.float32).min)
 MAX8_RANGE = (8, 16384)
