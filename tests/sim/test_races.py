@@ -180,4 +180,4 @@ def test_cost_is_linear_without_barriers():
         return min(best)
 
     seconds(10)
-    assert seconds(2000) < 14 * seconds(250)  # 8 times the accesses; the square would be 64
+    assert seconds(1000) < 14 * seconds(125)  # 8 times the accesses; the square would be 64
