@@ -247,11 +247,15 @@ V4 = Generation(
 GENERATIONS: dict[str, Generation] = {
     target: gen for gen in (V2, V3, V4) for target in (*gen.targets, f"gen{gen.version}")
 }
+GENERATIONS |= {
+    "trn1n": V2,  # a neuronx-cc target, [doc]: trn1 with more network
+    "trn3_a0": V4,  # a platform of AWS's kernel tests, compiled as trn3, [source]
+}
 DEFAULT_TARGET = "trn2"
 
 
 def generation(target: str) -> Generation:
-    """The generation of a target name (trn1, inf2, trn2, trn3, gen2, gen3, gen4). ValueError for any other."""
+    """The generation of a target name (trn1, inf2, trn2, trn3, gen2, gen3, gen4, …). ValueError for an unknown one."""
     try:
         return GENERATIONS[target]
     except (KeyError, TypeError):

@@ -18,7 +18,8 @@ _ALIASES = {
     "fp32": "float32", "f32": "float32", "fp16": "float16", "f16": "float16", "bf16": "bfloat16",
     "fp8_e4m3": "float8_e4m3", "fp8_e4m3fn": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2", "bool_": "bool",
 }  # fmt: skip
-_DTYPES = (*(name for name in dtypes.NAMES if name != "tfloat32"),)  # tfloat32 is a way to compute, not to store
+# tfloat32 is a way to compute, not to store; packed MX types are not simulated
+_DTYPES = (*(name for name in dtypes.NAMES if name != "tfloat32" and name not in dtypes.PACKED),)
 _SPEC = re.compile(r"(?P<dtype>[A-Za-z]\w*)(?:\[(?P<shape>[^\]]*)\])?(?:=(?P<fill>.+))?")
 
 

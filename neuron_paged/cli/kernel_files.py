@@ -106,7 +106,7 @@ def _load_file(path: Path) -> ModuleType:
     except SyntaxError as error:
         raise InvalidRequestError(f"{error.filename}:{error.lineno}: not valid Python ({error.msg}).") from error
     except (Exception, SystemExit) as error:
-        hint = _OLD_API if isinstance(error, ModuleNotFoundError) and error.name == "neuronxcc" else ""
+        hint = _OLD_API if isinstance(error, ImportError | AttributeError) and "neuronxcc" in str(error) else ""
         raise InvalidRequestError(f"cannot import {path}: {describe_failure(error)}{hint}") from error
 
 

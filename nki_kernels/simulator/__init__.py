@@ -53,6 +53,7 @@ def run(
     """Run `kernel` (a function or `@nki.jit` object) on numpy arrays; arguments written by the kernel change in place.
 
     target: trn1, inf2 (NeuronCore-v2), trn2 (v3) or trn3 (v4). grid: LNC degree, 1 or 2. strict: refuse what the NKI
-    documents leave open. max_iterations: bound of a device loop. Raises KernelError subclasses with the kernel's line.
+    documents leave open. max_iterations: bound of a device loop; a while_loop may issue 10 times as many instructions.
+    Raises KernelError subclasses with the kernel's line.
     """
     return launch(kernel, arrays, kwargs, target, grid, strict, max_iterations)

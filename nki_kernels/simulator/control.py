@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .errors import DeadlockError, LawError, at_line
-from .machine import Core, Machine
+from .machine import INSTRUCTIONS_PER_ITERATION, Core, Machine
 from .state import Register, current, set_current
 
 
@@ -130,14 +130,17 @@ def _enter(core: Core, what: str) -> None:
     core.loop_depth += 1
 
 
-def _iterate(core: Core, what: str, n: int) -> None:
+def _iterate(core: Core, what: str, n: int, recorded: int = 0) -> None:
+    """Begin iteration `n` of a loop whose earlier ones recorded so many events."""
     if core.machine.pair is not None and core.machine.pair.failed is not None:
         raise DeadlockError("the other program of the pair failed")
-    if n >= core.machine.max_iterations:
-        raise DeadlockError(
-            f"{what}: more than {core.machine.max_iterations} iterations{at_line()}; "
-            "raise max_iterations (--max-loop-iterations) if intended"
-        )
+    limit = core.machine.max_iterations
+    bounds = ((n + 1, limit, "iterations"), (recorded, limit * INSTRUCTIONS_PER_ITERATION, "instructions"))
+    for count, bound, unit in bounds:
+        if count > bound:
+            raise DeadlockError(
+                f"{what}: more than {bound} {unit}{at_line()}; raise max_iterations (--max-loop-iterations) if intended"
+            )
     core.record("loop_iteration", "sync", (), (), barrier=True)
 
 
@@ -162,9 +165,9 @@ def while_loop(init: Register, body_fun: Callable[[Register], Register]) -> None
         raise LawError(f"while_loop: init: got {init!r}, need a register{at_line()}")
     _enter(core, "while_loop")
     try:
-        n, condition = 0, Register(init.get())
+        n, condition, start = 0, Register(init.get()), len(core.events)
         while condition.get() != 0:
-            _iterate(core, "while_loop", n)
+            _iterate(core, "while_loop", n, len(core.events) - start)
             following = body_fun(Register(condition.get()))
             if not isinstance(following, Register):
                 raise LawError(f"while_loop: the body must return the next condition register{at_line()}")

@@ -31,10 +31,14 @@ _NUMPY: dict[str, np.dtype] = {
     "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
     "float8_e8m0fnu": np.dtype(ml_dtypes.float8_e8m0fnu),
     "bool": np.dtype(np.uint8),  # stored as a byte
+    "float8_e5m2_x4": np.dtype(np.uint32),  # four MX elements in one
+    "float8_e4m3fn_x4": np.dtype(np.uint32),
+    "float4_e2m1fn_x4": np.dtype(np.uint16),
 }
 NAMES = tuple(_NUMPY)
-FLOATS = frozenset(n for n in NAMES if "float" in n)
-FP8 = frozenset(n for n in NAMES if n.startswith("float8_"))
+PACKED = frozenset(n for n in NAMES if n.endswith("_x4"))  # moved as bits, never converted
+FLOATS = frozenset(n for n in NAMES if "float" in n) - PACKED
+FP8 = frozenset(n for n in NAMES if n.startswith("float8_")) - PACKED
 INTEGERS = frozenset(n for n in NAMES if "int" in n) | {"bool"}
 INT32 = frozenset({"int32", "uint32"})
 FP32_LIKE = frozenset({"float32", "tfloat32"})
@@ -50,8 +54,8 @@ _INT_RANGE: dict[str, tuple[int, int]] = {
 FP32_EXACT_INT = 1 << 24  # integers up to here are exact in fp32
 
 
-def canonical(dtype: Any) -> str:
-    """NKI name of `dtype` (a name, a numpy dtype or scalar type). LawError if NKI has no such dtype."""
+def canonical(dtype: Any, operand: str = "dtype") -> str:
+    """NKI name of `dtype` (a name, a numpy dtype or scalar type). LawError naming `operand` if NKI has none."""
     if isinstance(dtype, str) and dtype in _NUMPY:
         return dtype
     if isinstance(dtype, str) and dtype == "bool_":
@@ -60,7 +64,7 @@ def canonical(dtype: Any) -> str:
         return _BY_NUMPY[np.dtype(dtype)]
     except (TypeError, KeyError):
         raise LawError(
-            f"dtype: got {dtype!r}, need one of {', '.join(NAMES)}{at_line()}. "
+            f"{operand}: got {dtype!r}, need one of {', '.join(NAMES)}{at_line()}. "
             "Cast the array first; NKI has no 64-bit types."
         ) from None
 
@@ -77,6 +81,8 @@ def to_fp32(array: np.ndarray, name: str) -> np.ndarray:
     table = _FP8_TABLE.get(name)
     if table is not None:
         return table[array.view(np.uint8)]
+    if name in PACKED:
+        raise _no_conversion(name)
     return array.astype(np.float32)
 
 
@@ -89,8 +95,14 @@ def from_fp32(array: np.ndarray, name: str) -> np.ndarray:
         low, high = _INT_RANGE[name]
         wide = np.rint(np.nan_to_num(array.astype(np.float64), nan=0.0, posinf=high, neginf=low))
         return np.clip(wide, low, high).astype(np.int64).astype(target)
+    if name in PACKED:
+        raise _no_conversion(name)
     with np.errstate(over="ignore", invalid="ignore"):
         return array.astype(target)
+
+
+def _no_conversion(name: str) -> LawError:
+    return LawError(f"dtype {name}: packed values are moved as they are, never converted{at_line()}")
 
 
 def round_tf32(array: np.ndarray) -> np.ndarray:

@@ -4,8 +4,10 @@
 Every message has the form `<instruction>: <operand>: <what came>, need <what> at <file>:<line>`.
 """
 
+import difflib
 import os
 import sys
+from collections.abc import Iterable
 
 _PACKAGE_DIR = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
@@ -38,8 +40,8 @@ class DeadlockError(KernelError):
     """The two programs of an LNC pair wait for each other for ever, or a device loop exceeds its bound."""
 
 
-class NotImplementedInstructionError(KernelError, NotImplementedError):
-    """The simulator does not know this `nisa` call."""
+class NotImplementedInstructionError(KernelError, NotImplementedError, AttributeError):
+    """The simulator does not know this name of NKI. An AttributeError, so that hasattr() says so too."""
 
 
 def caller_line() -> tuple[str, int]:
@@ -57,6 +59,16 @@ def at_line() -> str:
     """` at file:line` of the kernel, for messages."""
     file, line = caller_line()
     return f" at {file}:{line}"
+
+
+def unknown_name(module: str, name: str, known: Iterable[str]) -> AttributeError:
+    """What the `__getattr__` of a module raises; names the nearest known ones."""
+    if name.startswith("__"):  # asked for by Python itself
+        return AttributeError(name)
+    near = difflib.get_close_matches(name, [k for k in known if not k.startswith("_")], n=3, cutoff=0.4)
+    return NotImplementedInstructionError(
+        f"{module}.{name} is not implemented by the simulator{at_line()}. Nearest: {', '.join(near) or 'none'}."
+    )
 
 
 def law(instruction: str, operand: str, problem: str) -> LawError:

@@ -11,7 +11,7 @@ from ..hardware import NUM_PARTITIONS, PSUM_BANK_BYTES, PSUM_BANKS, generation
 from . import dtypes, isa
 from . import language_math as _tiles
 from .control import dynamic_range, fori_loop, while_loop
-from .errors import LawError, at_line
+from .errors import LawError, at_line, unknown_name
 from .memory import PRIVATE_HBM, PSUM, SBUF, SHARED_HBM, MemoryRegion, check_shape
 from .objects import DynamicSlice, NKIObject
 from .ops import OPS
@@ -76,7 +76,6 @@ for _name in dtypes.NAMES:
     if _name != "bool":
         globals()[_name] = _name
 bool_ = "bool"
-float8_e5m2_x4, float8_e4m3fn_x4, float4_e2m1fn_x4 = "float8_e5m2_x4", "float8_e4m3fn_x4", "float4_e2m1fn_x4"
 sbuf, psum = SBUF, PSUM
 hbm = private_hbm = PRIVATE_HBM
 shared_hbm = SHARED_HBM
@@ -91,7 +90,7 @@ def __getattr__(name: str) -> Any:
         return "bool"
     if name == "range":
         return range
-    raise AttributeError(f"nl.{name} is not implemented by the simulator")
+    raise unknown_name("nl", name, globals())
 
 
 class TileSize(NKIObject):
@@ -173,8 +172,7 @@ def full(shape: Any, fill_value: Any, dtype: Any, buffer: Any = SBUF, name: str 
         value = int(fill_value) if out.dtype in dtypes.INTEGERS else float(fill_value)
         isa.memset(out, value)
     else:
-        out.array[...] = dtypes.from_fp32(np.array(fill_value, np.float32), out.dtype)
-        current().written(out)
+        current().store_fp32(out, np.full(out.shape, fill_value, np.float32))
     return out
 
 

@@ -18,12 +18,15 @@ from .tensor import NkiTensor
 
 MAX_VIEW_DIMS = 5
 MAX_FREE_ELEMENTS = {SBUF: 64 * 1024, PSUM: 4 * 1024}
+PACKED_INSTRUCTIONS = frozenset({"memset", "tensor_copy", "sendrecv"})
 INDEX_DTYPES = ("int32", "uint32")
 
 
 def tensor(instruction: str, operand: str, t: Any) -> NkiTensor:
-    """`t` itself if it is a tensor, else a clear error."""
+    """`t` itself if it is a tensor with elements, else a clear error."""
     if isinstance(t, NkiTensor):
+        if 0 in t.shape:
+            raise law(instruction, operand, f"{t!r} is empty")
         return t
     raise law(instruction, operand, f"got {type(t).__name__} {t!r:.60}, need a tensor")
 
@@ -59,6 +62,8 @@ def tile(core: Core, instruction: str, operand: str, t: Any, buffers: tuple[Any,
         raise law(instruction, operand, f"{t!r} steps over partitions (stride {t.strides[0]}); engines cannot")
     if t.offset * t.itemsize >= storage.partition_bytes or storage.address is not None:
         start_partition(instruction, operand, t, shape[0])
+    if t.dtype in dtypes.PACKED and instruction not in PACKED_INSTRUCTIONS:
+        raise law(instruction, operand, f"dtype {t.dtype}; packed types are moved by DMA and tensor_copy only")
     free = 1
     for n in shape[1:]:
         free *= n
@@ -75,9 +80,16 @@ def writable(instruction: str, operand: str, t: NkiTensor) -> None:
     """A destination must not repeat elements, nor be a read-only argument."""
     if t.storage.readonly:
         raise law(instruction, operand, f"{t!r} is a read-only argument; pass a writeable array")
-    for n, s in zip(t.shape, t.strides, strict=True):
-        if s == 0 and n > 1:
-            raise law(instruction, operand, f"{t!r} is a broadcast view (stride 0) and cannot be written")
+    if t.repeats_elements():
+        raise law(instruction, operand, f"{t!r} is a broadcast view (stride 0) and cannot be written")
+
+
+def destination(core: Core, instruction: str, t: NkiTensor, reduce_res: Any) -> None:
+    """dst of an instruction that also reduces: published kernels that want only that give a broadcast view."""
+    if reduce_res is not None and t.repeats_elements() and not t.storage.readonly:
+        core.machine.ambiguous(f"{instruction}: dst: {t!r} is a broadcast view (stride 0): its content is undefined")
+    else:
+        writable(instruction, "dst", t)
 
 
 def same_shape(instruction: str, dst: NkiTensor, **operands: NkiTensor) -> None:
@@ -126,6 +138,12 @@ def bitvec_dtypes(instruction: str, **operands: NkiTensor) -> None:
             raise law(instruction, name, f"dtype {t.dtype}; bitvec operators work on integer bit patterns only")
 
 
+def not_packed(instruction: str, dst: NkiTensor, src: NkiTensor) -> None:
+    """A copy converts between any two dtypes but the packed ones."""
+    if dst.dtype != src.dtype and (dst.dtype in dtypes.PACKED or src.dtype in dtypes.PACKED):
+        raise law(instruction, "dst", f"{src.dtype} to {dst.dtype}: packed types are not converted")
+
+
 def exact_integers(instruction: str, operand: str, t: NkiTensor, raw: np.ndarray) -> None:
     """32-bit integers go through fp32 on VectorE: values above 2^24 lose digits."""
     if t.dtype in dtypes.INT32 and raw.size:
@@ -151,6 +169,12 @@ def overlap(instruction: str, dst: NkiTensor, operand: str, src: NkiTensor) -> N
         return
     if np.shares_memory(dst.array, src.array):
         raise law(instruction, operand, f"{src!r} partly overlaps dst {dst!r}; order of reads and writes is undefined")
+
+
+def apart(instruction: str, dst: NkiTensor, operand: str, other: NkiTensor) -> None:
+    """Two results of one instruction may not share an element."""
+    if dst.storage is other.storage and np.shares_memory(dst.array, other.array):
+        raise law(instruction, operand, f"{other!r} lies inside dst {dst!r}; which is written last is undefined")
 
 
 def generation_at_least(core: Core, instruction: str, version: int) -> None:
@@ -227,15 +251,17 @@ def index_tile(instruction: str, index: Any, rows: int) -> NkiTensor:
     return index
 
 
-def unique_rows(instruction: str, rows: np.ndarray) -> None:
-    """Two descriptors writing one row race."""
+def repeated_rows(rows: np.ndarray) -> np.ndarray:
+    """The row numbers that occur more than once."""
     values, counts = np.unique(rows, return_counts=True)
-    if (counts > 1).any():
-        raise law(
-            instruction,
-            "vector_offset",
-            f"row {int(values[counts > 1][0])} is scattered to more than once; the result is nondeterministic",
-        )
+    return values[counts > 1]
+
+
+def unique_rows(instruction: str, rows: np.ndarray) -> None:
+    """Two read-modify-writes of one row race: one of them is lost."""
+    repeated = repeated_rows(rows)
+    if repeated.size:
+        raise law(instruction, "vector_offset", f"row {int(repeated[0])} is added to more than once; updates get lost")
 
 
 def finite_for_pe(core: Core, data: NkiTensor, raw: np.ndarray) -> None:

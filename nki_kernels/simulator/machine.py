@@ -21,11 +21,13 @@ from .errors import (
 from .events import Event, Operand, operand
 from .memory import MATMUL, OTHER, PSUM, SBUF, SHARED_HBM, MemoryRegion, Storage, check_tile, link_rivals
 from .objects import ambiguity_hook
+from .races import Accesses, note_read, note_write
 from .state import Accumulators, Instruction, Register, current_or_none
 from .tensor import NkiTensor
 from .views import contiguous_strides
 
-MAX_LOOP_ITERATIONS = 1_000_000
+MAX_LOOP_ITERATIONS = 10_000
+INSTRUCTIONS_PER_ITERATION = 10  # a while_loop may issue this many times its bound: 100 k by default, about 5 s
 Mask = np.ndarray | None
 
 
@@ -43,9 +45,9 @@ class Machine:
         self.cores = [Core(self, i) for i in range(num_cores)]
         self.pair: Any = None  # control.Pair while two programs run
 
-    def note(self, message: str) -> None:
-        """Record a diagnostic once per kernel line."""
-        key = (message, *caller_line())
+    def note(self, message: str, where: tuple[str, int] | None = None) -> None:
+        """Record a diagnostic once per kernel line (`where`, or the running one)."""
+        key = (message, *(where or caller_line()))
         self.diagnostics[key] = self.diagnostics.get(key, 0) + 1
 
     def ambiguous(self, message: str) -> None:
@@ -111,7 +113,7 @@ class Core:
         shared = self.machine.shared
         if self.next_shared == len(shared):
             storage = Storage(shape, dtype, SHARED_HBM, name)
-            storage.writers = []
+            storage.accesses = Accesses(storage)
             shared.append(storage)
         storage = shared[self.next_shared]
         self.next_shared += 1
@@ -145,6 +147,8 @@ class Core:
             raise LawError(f"{instruction}: scalar_offset: dtype {index.dtype}, need int32 or uint32{at_line()}")
         if self.invalid(index) is not None:
             raise LawError(f"{instruction}: scalar_offset {index!r} was never written{at_line()}")
+        if index.storage.accesses is not None:
+            note_read(self, index.storage, self.access_marks(self.resolve(index, instruction)))
         return int(self.resolve(index, instruction).array.reshape(-1)[0])
 
     def invalid(self, t: NkiTensor) -> Mask:
@@ -163,22 +167,18 @@ class Core:
             mask = self.invalid(t)
             if mask is not None:
                 self.pending.append((mask, t))
-        if t.storage.writers is not None:
-            self.check_race(t)
+        if t.storage.accesses is not None:
+            note_read(self, t.storage, self.access_marks(t))
         return t.array
 
     def load_fp32(self, t: NkiTensor) -> np.ndarray:
         return dtypes.to_fp32(self.load(t), t.dtype)
 
-    def check_race(self, t: NkiTensor) -> None:
-        """Reading what the other core wrote since the last barrier has no defined order."""
-        _, _, lo, hi = t.region
-        for core, epoch, begin, end in t.storage.writers or ():
-            if core != self.index and epoch == self.epoch and begin < hi and lo < end:
-                self.machine.ambiguous(
-                    f"core {self.index} reads {t.storage.name}, written by core {core} without a core_barrier between"
-                )
-                return
+    def access_marks(self, t: NkiTensor) -> np.ndarray:
+        """Marks of both cores' accesses under a view of a tensor that both reach."""
+        accesses = t.storage.accesses
+        assert accesses is not None
+        return accesses.view(self, t.storage, t.itemsize, t.shape, t.strides, t.offset)
 
     # ---- writing ----------------------------------------------------------------------------------------------
     def store_fp32(self, t: NkiTensor, values: np.ndarray, mask: Mask = None) -> None:
@@ -191,6 +191,8 @@ class Core:
         array = t.array
         if values.shape != array.shape:
             values = values.reshape(array.shape)
+        if t.storage.accesses is not None:
+            note_write(self, t.storage, self.access_marks(t), array, values)
         array[...] = values
         if self.pending and mask is None:
             mask = self._elementwise(t.shape)
@@ -213,6 +215,9 @@ class Core:
         storage = t.storage
         if mask is not None and mask.any():
             self.machine.note("reads memory that was never written")
+        if t.repeats_elements():
+            mask = np.ones(t.shape, bool)  # the last of several writes to one element is not defined
+        if mask is not None and mask.any():
             if storage.poison is None:
                 storage.poison = np.zeros(storage.nbytes // storage.unit, dtype=bool)
             storage.poison_view(t.dtype, t.shape, t.strides, t.offset)[...] = mask[..., None]
@@ -225,17 +230,6 @@ class Core:
             self._clobber(t)
         if storage.psum_state is not None:
             self.psum_view(t)[...] = OTHER
-        if storage.writers is not None and self.machine.num_cores > 1:
-            self.note_writer(t)
-
-    def note_writer(self, t: NkiTensor) -> None:
-        """Remember which core wrote which part of a shared tensor since the last barrier."""
-        _, _, lo, hi = t.region
-        writers = t.storage.writers
-        assert writers is not None
-        if writers and writers[-1][1] != self.epoch:
-            writers.clear()
-        writers.append((self.index, self.epoch, lo, hi))
 
     def _clobber(self, t: NkiTensor) -> None:
         storage = t.storage

@@ -7,13 +7,16 @@ and a mask of unwritten elements, so that reads of it can be followed to the out
 
 import itertools
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..hardware import NUM_PARTITIONS, PSUM_BYTES
 from . import dtypes
 from .errors import LawError, OutOfBoundsError, at_line, caller_line
+
+if TYPE_CHECKING:
+    from .races import Accesses
 
 
 class MemoryRegion(Enum):
@@ -37,6 +40,18 @@ _ids = itertools.count()
 UNWRITTEN, MATMUL, OTHER = 0, 1, 2  # PSUM element states
 
 
+def unit_view(
+    marks: np.ndarray, unit: int, itemsize: int, shape: tuple[int, ...], strides: tuple[int, ...], offset: int
+) -> tuple[np.ndarray, int, np.ndarray]:
+    """View of one-byte marks, one per `unit` bytes of a storage, under a tensor view; and the marks, which become one
+    per byte where the view's elements are smaller. A trailing axis runs over the marks of an element."""
+    if itemsize % unit:
+        marks, unit = np.repeat(marks, unit), 1
+    k = itemsize // unit
+    view = np.ndarray((*shape, k), marks.dtype, marks.view(np.uint8), offset * k, (*(s * k for s in strides), 1))
+    return marks, unit, view
+
+
 class Storage:
     """Bytes of one `nl.ndarray` (or of a kernel argument)."""
 
@@ -56,7 +71,7 @@ class Storage:
         "unit",
         "psum_state",
         "on_chip",
-        "writers",
+        "accesses",
         "rivals",
         "readonly",
         "core",
@@ -87,7 +102,7 @@ class Storage:
         self.address = address
         self.unit = self.itemsize
         self.psum_state: np.ndarray | None = None
-        self.writers: list[tuple[int, int, int, int]] | None = None  # shared HBM: (core, epoch, lo, hi)
+        self.accesses: Accesses | None = None  # tensors that both programs of a pair reach
         self.rivals: list[Storage] | None = None  # allocated over the same addresses
         self.readonly = False
         self.core = -1
@@ -115,11 +130,8 @@ class Storage:
         """View of the unwritten mask, one trailing axis over the mask units of an element."""
         assert self.poison is not None
         size = dtypes.ITEMSIZE[dtype]
-        if size % self.unit:
-            self.poison = np.repeat(self.poison, self.unit)
-            self.unit = 1
-        k = size // self.unit
-        return np.ndarray((*shape, k), np.bool_, self.poison.view(np.uint8), offset * k, (*(s * k for s in strides), 1))
+        self.poison, self.unit, view = unit_view(self.poison, self.unit, size, shape, strides, offset)
+        return view
 
     def settle(self) -> None:
         """Drop the mask once everything was written."""

@@ -2,6 +2,7 @@
 """`as_nki`: the simulator under the names `nki`, `nki.language`, `nki.isa`, … for modules imported inside the block."""
 
 import contextlib
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -9,8 +10,8 @@ from typing import Any
 
 from ..hardware import generation
 from . import dtypes, isa, language
-from .errors import LawError
-from .runner import Kernel, default_target, launch, set_session_target
+from .errors import LawError, unknown_name
+from .runner import Kernel, default_target, launch, session_target, set_session_target
 from .tensor import NkiTensor
 
 
@@ -34,8 +35,13 @@ class ReplicaGroup:
 
 
 def _module(name: str, **attributes: Any) -> ModuleType:
+    """A module of these attributes; any other name of it raises with the nearest known one."""
+
+    def missing(attribute: str) -> Any:
+        raise unknown_name(name, attribute, vars(module))
+
     module = ModuleType(name)
-    module.__dict__.update(attributes)
+    module.__dict__.update({"__getattr__": missing} | attributes)
     return module
 
 
@@ -47,7 +53,7 @@ def nki_modules() -> dict[str, ModuleType]:
         "isa": isa,
         "dtype": _module("nki.dtype", **{name: name for name in dtypes.NAMES}),
         "collectives": _module("nki.collectives", ReplicaGroup=ReplicaGroup),
-        "typing": _module("nki.typing", tensor=NkiTensor),
+        "typing": _module("nki.typing", tensor=NkiTensor, mutable_tensor=NkiTensor),
         "experimental": _module("nki.experimental", while_loop=language.while_loop),
     }
     modules = {"nki": top, "nki.isa.constants": isa.enums}
@@ -57,26 +63,39 @@ def nki_modules() -> dict[str, ModuleType]:
     return modules
 
 
+def annotation_modules() -> dict[str, ModuleType]:
+    """`neuronxcc.nki.typing`, whose names some kernels annotate with; empty where the real compiler is installed."""
+    if "neuronxcc" in sys.modules or importlib.util.find_spec("neuronxcc") is not None:
+        return {}
+    typing = _module("neuronxcc.nki.typing", tensor=NkiTensor, mutable_tensor=NkiTensor)
+    nki = _module("neuronxcc.nki", __path__=[], typing=typing)
+    top = _module("neuronxcc", __path__=[], nki=nki)
+    return {module.__name__: module for module in (top, nki, typing)}
+
+
 @contextlib.contextmanager
 def as_nki(target: str | None = None) -> Iterator[ModuleType]:
     """Inside the block `import nki` gives the simulator, even if a real `nki` is installed.
 
-    Modules imported inside keep working after it. target: trn1, inf2, trn2 or trn3 (default: the environment's,
-    then trn2).
+    Modules imported inside keep working after it. target: trn1, inf2, trn2 or trn3 (default: that of an outer block,
+    then the environment's, then trn2).
     """
     if target is not None:
         generation(target)
-    modules = nki_modules()
-    saved = {name: sys.modules.pop(name) for name in list(sys.modules) if name == "nki" or name.startswith("nki.")}
+    modules = nki_modules() | annotation_modules()
+    names = {name.partition(".")[0] for name in modules}
+
+    def take_out() -> dict[str, ModuleType]:
+        return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in names}
+
+    saved, before, sizes_of = take_out(), session_target(), default_target()
     sys.modules.update(modules)
-    before = default_target()
-    set_session_target(target)
+    set_session_target(target or before)
     language.set_default_target(default_target())
     try:
         yield modules["nki"]
     finally:
-        for name in [n for n in sys.modules if n == "nki" or n.startswith("nki.")]:
-            del sys.modules[name]
+        take_out()
         sys.modules.update(saved)
-        set_session_target(None)
-        language.set_default_target(before)
+        set_session_target(before)
+        language.set_default_target(sizes_of)

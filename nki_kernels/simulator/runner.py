@@ -2,9 +2,10 @@
 """Launching kernels: numpy arguments to tensors, one program per core, results back to numpy."""
 
 import dataclasses
+import difflib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,11 @@ from ..hardware import DEFAULT_TARGET, generation
 from . import dtypes
 from .capacity import check_capacity
 from .control import run_programs
-from .errors import KernelError, LawError, PoisonError
+from .errors import KernelError, LawError, PoisonError, at_line
 from .machine import MAX_LOOP_ITERATIONS, Core, Machine
 from .memory import SHARED_HBM, Storage
 from .objects import NKIObject
+from .races import Accesses
 from .report import Report, Result
 from .state import current_or_none
 from .tensor import NkiTensor
@@ -28,14 +30,30 @@ TARGET_VARIABLE = "NEURON_PLATFORM_TARGET_OVERRIDE"
 class Kernel:
     """`@nki.jit` function. Call with numpy arrays, or `kernel[lnc](…)`; inside a kernel it is an ordinary function."""
 
-    def __init__(self, func: Callable[..., Any], grid: Any = None, target: str | None = None) -> None:
-        self.func, self.grid, self.target = func, grid, target
+    def __init__(
+        self,
+        func: Callable[..., Any],
+        grid: Any = None,
+        target: str | None = None,
+        schedule: tuple[tuple[str, tuple[str, ...]], ...] = (),
+    ) -> None:
+        self.func, self.grid, self.target, self.schedule = func, grid, target, schedule
         self.__name__ = getattr(func, "__name__", "kernel")
         self.__doc__ = func.__doc__
         self.__wrapped__ = func
 
     def __getitem__(self, grid: Any) -> "Kernel":
-        return Kernel(self.func, grid, self.target)
+        return Kernel(self.func, grid, self.target, self.schedule)
+
+    def with_schedule(self, edges: Iterable[tuple[str, str | Iterable[str]]]) -> "Kernel":
+        """The kernel with extra dependencies: (name, name or names it waits for) of instructions given `name=`."""
+        schedule = []
+        for edge in edges:
+            if not (isinstance(edge, tuple) and len(edge) == 2 and isinstance(edge[0], str)):
+                raise LawError(f"with_schedule: got {edge!r}, need (name, name or names it waits for){at_line()}")
+            waits_for = (edge[1],) if isinstance(edge[1], str) else tuple(edge[1])
+            schedule.append((edge[0], waits_for))
+        return Kernel(self.func, self.grid, self.target, (*self.schedule, *schedule))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         core = current_or_none()
@@ -51,6 +69,11 @@ _session_target: list[str | None] = [None]
 def default_target() -> str:
     """Target of the `as_nki` block, else of NEURON_PLATFORM_TARGET_OVERRIDE, else trn2."""
     return _session_target[0] or os.environ.get(TARGET_VARIABLE) or DEFAULT_TARGET
+
+
+def session_target() -> str | None:
+    """Target of the innermost `as_nki` block that names one."""
+    return _session_target[0]
 
 
 def set_session_target(target: str | None) -> None:
@@ -88,7 +111,7 @@ def launch(
     machine.grid = shape
     if watch is not None:
         watch(machine)
-    arguments = Arguments()
+    arguments = Arguments(pair=machine.num_cores > 1)
     call_args = tuple(arguments.bind(value, f"args[{i}]") for i, value in enumerate(args))
     call_kwargs = {key: arguments.bind(value, key) for key, value in kwargs.items()}
 
@@ -96,6 +119,8 @@ def launch(
         return func(*call_args, **call_kwargs)
 
     returned = run_programs(machine, body)
+    if isinstance(kernel, Kernel):
+        apply_schedule(machine, kernel)
     arguments.copy_back()
     marks = [check_capacity(core) for core in machine.cores]
     report = Report(
@@ -121,10 +146,35 @@ def launch(
     return Result(outputs, report)
 
 
+def apply_schedule(machine: Machine, kernel: Kernel) -> None:
+    """Add the edges of `with_schedule` to the recorded instructions. LawError for a name that none of them has."""
+    for core in machine.cores:
+        named: dict[str, list[int]] = {}
+        for event in core.events:
+            if event.name is not None:
+                named.setdefault(event.name, []).append(event.number)
+        for waiting, producers in kernel.schedule:
+            for name in (waiting, *producers):
+                if name not in named:
+                    near = difflib.get_close_matches(name, named, n=3) or sorted(named)[:3]
+                    raise LawError(
+                        f"with_schedule: {kernel.__name__} has no instruction named {name!r}. Nearest: "
+                        f"{', '.join(near) or 'none is named'}."
+                    )
+            for index in named[waiting]:
+                event = core.events[index]
+                before = tuple(i for name in producers for i in named[name] if i < index)
+                core.events[index] = event._replace(after=(*event.after, *before))
+                if not before:
+                    later = f"with_schedule: {waiting} waits for {', '.join(producers)}, issued later: not modelled"
+                    machine.note(later, (event.file, event.line))
+
+
 class Arguments:
     """The numpy arrays of a call and the storages that alias them."""
 
-    def __init__(self) -> None:
+    def __init__(self, pair: bool) -> None:
+        self.pair = pair
         self.bound: list[tuple[Storage, np.ndarray, str]] = []
         self._copies: list[tuple[np.ndarray, np.ndarray]] = []
         self._tensors: dict[int, NkiTensor] = {}
@@ -160,7 +210,7 @@ class Arguments:
     def _tensor(self, array: np.ndarray, label: str) -> NkiTensor:
         if id(array) in self._tensors:
             return self._tensors[id(array)]
-        name = dtypes.canonical(array.dtype)
+        name = dtypes.canonical(array.dtype, f"{label}: dtype")
         if array.size == 0:
             raise LawError(f"{label}: array of shape {array.shape} is empty")
         memory = array
@@ -172,7 +222,7 @@ class Arguments:
         flat = memory.reshape(-1).view(np.uint8)
         storage = Storage(shape, name, SHARED_HBM, label, flat)
         storage.readonly = not array.flags.writeable
-        storage.writers = []
+        storage.accesses = Accesses(storage) if self.pair else None
         tensor = NkiTensor(storage, shape, contiguous_strides(shape), 0, name)
         self._tensors[id(array)] = tensor
         self.bound.append((storage, array, label))

@@ -2,7 +2,7 @@
 """NkiTensor: strided views over storage, with `.ap` and dynamic (register, scalar-tile, vector-tile) offsets.
 
 Strides and offsets count elements of the tensor's dtype. On-chip dim 0 is the partition dimension and stays dim 0.
-Readings of the texts where they disagree: `README.md` of this folder.
+Readings of the texts where they disagree: `README.md` of this folder. Longer than other files: one class, one file.
 """
 
 import math
@@ -40,6 +40,10 @@ class NkiTensor(NKIObject):
         self._array: np.ndarray | None = None
         self._region: tuple[int, int, int, int] | None = None
 
+    def __class_getitem__(cls, shape: Any) -> type["NkiTensor"]:
+        """`nki.typing.tensor[128, 512]` in annotations."""
+        return cls
+
     # ---- attributes -------------------------------------------------------------------------------------------
     @property
     def buffer(self) -> MemoryRegion:
@@ -48,6 +52,12 @@ class NkiTensor(NKIObject):
     @property
     def name(self) -> str:
         return self.storage.name
+
+    @property
+    def address(self) -> tuple[int, int] | None:
+        """(partition, byte offset) of the first element of a tile that was allocated at an address."""
+        base = self.storage.address
+        return None if base is None else (base[0] + self.region[0], base[1] + self.region[2])
 
     @property
     def ndim(self) -> int:
@@ -118,6 +128,10 @@ class NkiTensor(NKIObject):
             and self.size * self.itemsize == self.storage.nbytes
             and self.strides == contiguous_strides(self.shape)
         )
+
+    def repeats_elements(self) -> bool:
+        """A broadcast view: several indices name one element."""
+        return 0 in self.strides and any(s == 0 and n > 1 for n, s in zip(self.shape, self.strides, strict=True))
 
     def get_pattern(self) -> list[list[int]]:
         return [[s, n] for s, n in zip(self.strides, self.shape, strict=True)]
@@ -321,7 +335,7 @@ class NkiTensor(NKIObject):
         wanted = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
         sizes = split_shape(self.size, tuple(int(n) for n in wanted))
         if sizes is None:
-            raise self._bad("reshape", f"{tuple(wanted)} has another number of elements")
+            raise self._bad("reshape", f"{tuple(wanted)} does not hold its {self.size} elements in positive sizes")
         if (self.on_chip or self._vector) and sizes[0] != self.shape[0]:
             raise self._bad("reshape", f"partition dimension {self.shape[0]} cannot become {sizes[0]}")
         strides = reshape_strides(self.shape, self.strides, sizes)
@@ -383,6 +397,8 @@ class NkiTensor(NKIObject):
             raise self._bad(".ap", f"pattern {list(pattern)} needs positive counts and strides >= 0")
         if self.on_chip:
             partition = self.storage.partition_bytes // size
+            if self.is_contiguous() and strides[0] * size == self.free_size * self.itemsize:
+                strides = (partition, *strides[1:])  # the view's own row length: the next partition of the tile
             if shape[0] > 1 and strides[0] != partition:
                 raise self._bad(".ap", f"first stride {strides[0]}, need the {partition} elements of a partition")
             if len(shape) < 2:

@@ -2,6 +2,7 @@
 """Checks of tensors, views and the language API: creation calls, .ap patterns, removed and deprecated names."""
 
 import ast
+import difflib
 
 from nki_kernels.source_lint.checker import Findings, Scope, argument, base_name, tile_of
 from nki_kernels.source_lint.module import ISA, LANGUAGE, FunctionNode, Module, walk_own
@@ -13,6 +14,7 @@ _DEPRECATED_RANGES = {f"{LANGUAGE}.{n}" for n in ("affine_range", "sequential_ra
 _EXPERIMENTAL = {f"{LANGUAGE}.{n}" for n in (
     "load", "store", "zeros", "ones", "full", "zeros_like", "empty_like", "matmul", "transpose", "softmax", "rms_norm",
     "load_transpose2d", "gather_flattened", "broadcast_to", "expand_dims", "where", "rand", "random_seed")}
+_INSTRUCTIONS = [*SIGNATURES, "get_nc_version", "get_nc_sub_version"]
 _ON_CHIP = {"sbuf", "psum"}
 _SLICING = {"slice", "select", "ap"}
 _PARTITIONS = 128
@@ -29,6 +31,15 @@ def check_names(scope: Scope, findings: Findings) -> None:
                 findings.add("deprecated-range", n, name)
         if isinstance(n, ast.Call) and scope.module.dotted(n.func) in _EXPERIMENTAL:
             findings.add("experimental-api", n, scope.module.dotted(n.func))
+        if isinstance(n, ast.Call):
+            _check_instruction(n, scope.module.dotted(n.func), findings)
+
+
+def _check_instruction(call: ast.Call, name: str, findings: Findings) -> None:
+    package, _, instruction = name.rpartition(".")
+    if package == ISA and name not in _REMOVED and instruction not in _INSTRUCTIONS:
+        near = difflib.get_close_matches(instruction, _INSTRUCTIONS, n=3)
+        findings.add("unknown-instruction", call, f"{instruction} (nearest: {', '.join(near) or 'none'})")
 
 
 def check_tensors(scope: Scope, findings: Findings) -> None:
@@ -120,4 +131,5 @@ def check_outputs(scope: Scope, findings: Findings, node: FunctionNode) -> None:
             for value in n.value.elts if isinstance(n.value, ast.Tuple | ast.List) else [n.value]:
                 name, buffer = base_name(value), scope.buffer(value)
                 if buffer is not None and buffer != "shared_hbm":
-                    findings.add("output-buffer", value, f"{name} is in {buffer}")
+                    sub_kernel = buffer in _ON_CHIP and not scope.module.is_launched(node)
+                    findings.add("on-chip-result" if sub_kernel else "output-buffer", value, f"{name} is in {buffer}")

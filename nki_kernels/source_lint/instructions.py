@@ -5,7 +5,7 @@ import ast
 
 from nki_kernels.source_lint.checker import Findings, Scope, argument, base_name
 from nki_kernels.source_lint.module import ISA, LANGUAGE, Module, walk_own
-from nki_kernels.source_lint.signatures import DMA, ENUM_PARAMETERS, SIGNATURES, VECTOR_INPUTS
+from nki_kernels.source_lint.signatures import DMA, ENUM_PARAMETERS, SIGNATURES, UNDOCUMENTED, VECTOR_INPUTS
 
 _INTEGERS = frozenset({"int8", "int16", "int32", "uint8", "uint16", "uint32"})
 _FLOATS = frozenset({"float32", "bfloat16", "float16", "tfloat32", "float8_e4m3", "float8_e5m2", "float8_e4m3fn"})
@@ -83,7 +83,10 @@ def _check_arguments(scope: Scope, findings: Findings, op: Instruction) -> None:
         keywords.discard("mask")
     if None in keywords or any(isinstance(a, ast.Starred) for a in op.call.args):
         return  # expansion: reported by its own rule
-    unknown = sorted(str(k) for k in keywords - set(signature.names))
+    undocumented = keywords & UNDOCUMENTED.get(op.name, frozenset())
+    if undocumented:
+        findings.add("undocumented-argument", op.call, f"{op.name}({', '.join(sorted(map(str, undocumented)))}=...)")
+    unknown = sorted(str(k) for k in keywords - undocumented - set(signature.names))
     missing = [name for name in signature.required if name not in op.arguments]
     if unknown:
         findings.add("isa-arguments", op.call, f"{op.name} has no parameter {', '.join(unknown)}")

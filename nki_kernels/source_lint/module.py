@@ -165,6 +165,12 @@ class Module:
         return any(node in self._references(other) for other in (*self.kernel_functions, *self.kernel_classes)
                    if other is not node)
 
+    def is_launched(self, node: FunctionNode) -> bool:
+        """Whether the function is an entry kernel for certain: the file's only one, or named by its host code."""
+        kernel_code = {n for d in (*self.kernel_functions, *self.kernel_classes) for n in ast.walk(d)}
+        host_names = {n.id for n in ast.walk(self.tree) if isinstance(n, ast.Name) and n not in kernel_code}
+        return len(self.entries) == 1 or node.name in host_names
+
     def names_in_kernel_code(self) -> set[str]:
         """Every name that kernel code loads, annotations aside."""
         functions = [f for d in (*self.kernel_functions, *self.kernel_classes) for f in ast.walk(d)

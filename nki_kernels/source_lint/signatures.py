@@ -82,6 +82,8 @@ def _parse(instruction: str, text: str) -> Signature:
 
 SIGNATURES: dict[str, Signature] = {instruction: _parse(instruction, text) for instruction, text in _TABLE.items()}
 
+# Arguments that AWS's published kernels pass and no document has [source].
+UNDOCUMENTED = {"scalar_tensor_tensor": frozenset({"dtype"})}
 DMA = frozenset({"dma_copy", "dma_transpose", "dma_compute"})
 ENUM_PARAMETERS = frozenset({"engine", "dge_mode", "oob_mode", "reduce_cmd", "perf_mode", "dma_engine"})
 # Operands that VectorE reads as tensors, for the rule of at most one PSUM operand.

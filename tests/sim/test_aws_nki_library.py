@@ -300,3 +300,145 @@ def test_attention_cte(rng, name):
             scores = np.concatenate([scores, np.full((length, 1), float(sink[b, 0]))], 1)
         expected[b] = softmax(scores)[:, : len(values)] @ values
     assert relative_error(out, expected) < TOLERANCE
+
+
+# ---- linear layers and mixture of experts -------------------------------------------------------------------------
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def rms_norm(x, weight):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * weight
+
+
+def rotate(x, cos, sin):
+    """RoPE of [rows, heads, d] with halves of a head as pairs."""
+    half = x.shape[-1] // 2
+    return x * cos[:, None] + np.concatenate([-x[..., half:], x[..., :half]], -1) * sin[:, None]
+
+
+@pytest.mark.parametrize("lnc", [1, 2])
+@pytest.mark.parametrize("intermediate", [384, 520])
+def test_mlp_tkg(rng, intermediate, lnc):
+    """Column tiling slices PSUM and SBUF tiles and calls .ap on the slices."""
+    types = nki_library("core.utils.common_types")
+    manager = nki_library("core.utils.allocator").SbufManager
+    logger = nki_library("core.utils.logging").Logger
+    parameters = nki_library("core.mlp.mlp_parameters").MLPParameters
+    mlp_tkg = nki_library("core.mlp.mlp_tkg.mlp_tkg").mlp_tkg
+
+    def kernel(x, gate, up, down, gamma):
+        out = nl.ndarray(x.shape, dtype=x.dtype, buffer=nl.shared_hbm)
+        given = parameters(
+            hidden_tensor=x, gate_proj_weights_tensor=gate, up_proj_weights_tensor=up, down_proj_weights_tensor=down,
+            normalization_weights_tensor=gamma, normalization_type=types.NormType.RMS_NORM,
+            activation_fn=types.ActFnType.SiLU,
+        )  # fmt: skip
+        mlp_tkg(given, out, None, sbm=manager(0, 200 * 1024, logger("mlp")))
+        return out
+
+    batch, length, hidden = 2, 4, 1024
+    x = rng.standard_normal((batch, length, hidden)).astype(BF16)
+    gate, up = (rng.standard_normal((hidden, intermediate)) * hidden**-0.5 for _ in range(2))
+    down = rng.standard_normal((intermediate, hidden)) * intermediate**-0.5
+    weights = [w.astype(BF16) for w in (gate, up, down)]
+    gamma = (1 + 0.1 * rng.standard_normal((1, hidden))).astype(BF16)
+    out = simulator.run(kernel, x, *weights, gamma, grid=lnc if lnc > 1 else None).outputs
+    exact = rms_norm(x.astype(np.float64), gamma.astype(np.float64)[0])
+    gate, up, down = (w.astype(np.float64) for w in weights)
+    expected = (silu(exact @ gate) * (exact @ up)) @ down
+    assert relative_error(out, expected) < 5e-3
+
+
+@pytest.mark.parametrize("lnc", [1, 2])
+def test_qkv_cte(rng, lnc):
+    """RMS norm takes the sum of squares through a dst that is a broadcast view."""
+    types = nki_library("core.utils.common_types")
+    kernel = nki_library("core.qkv.qkv_cte").qkv_cte
+    length, hidden, d, heads, kv_heads = 256, 1024, 128, 4, 1
+    x = rng.standard_normal((1, length, hidden)).astype(BF16)
+    weight = (rng.standard_normal((hidden, (heads + 2 * kv_heads) * d)) * hidden**-0.5).astype(BF16)
+    gamma = (1 + 0.1 * rng.standard_normal((1, hidden))).astype(BF16)
+    angle = rng.random((length, d // 2)) * 6
+    cos, sin = (np.concatenate([f(angle)] * 2, 1)[None].astype(BF16) for f in (np.cos, np.sin))
+    result = simulator.run(
+        kernel, x, weight, fused_norm_type=types.NormType.RMS_NORM, gamma_norm_weights=gamma, fused_rope=True,
+        cos_cache=cos, sin_cache=sin, d_head=d, num_q_heads=heads, num_kv_heads=kv_heads,
+        grid=lnc if lnc > 1 else None,
+    )  # fmt: skip
+    qkv = rms_norm(x.astype(np.float64)[0], gamma.astype(np.float64)[0]) @ weight.astype(np.float64)
+    qkv = qkv.reshape(length, -1, d)
+    rotated = rotate(qkv[:, : heads + kv_heads], cos.astype(np.float64)[0], sin.astype(np.float64)[0])
+    expected = np.concatenate([rotated, qkv[:, heads + kv_heads :]], 1).reshape(1, length, -1)
+    assert relative_error(result.outputs, expected) < 6e-3
+    assert result.report.poisoned == []
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("tokens", [4, 128])
+def test_router_topk(rng, tokens, normalise):
+    """Annotated with neuronxcc.nki.typing; affinities of all experts, or of the chosen ones with sum 1."""
+    types = nki_library("core.utils.common_types")
+    module = nki_library("core.router_topk.router_topk")
+    hidden, experts, k = 512, 64, 4
+    x = rng.standard_normal((tokens, hidden)).astype(BF16)
+    w = (rng.standard_normal((hidden, experts)) * hidden**-0.5).astype(BF16)
+    logits, affinities = (np.zeros((tokens, experts), np.float32) for _ in range(2))
+    index = np.zeros((tokens, k), np.uint32)
+    simulator.run(
+        module.router_topk, x, w, None, logits, affinities, index, types.RouterActFnType.SOFTMAX, k,
+        module.XHBMLayout_T_H__1, module.XSBLayout_tp102__0, norm_topk_prob=normalise, grid=2,
+    )  # fmt: skip
+    exact = x.astype(np.float64) @ w.astype(np.float64)
+    assert relative_error(logits, exact) < 3e-3
+    columns = index.astype(np.int64)
+    np.testing.assert_allclose(  # the order of near ties is free
+        np.take_along_axis(exact, columns, 1), -np.sort(-exact, axis=1)[:, :k], atol=0.02
+    )
+    expected = softmax(exact)
+    if normalise:
+        best = np.zeros_like(expected)
+        np.put_along_axis(best, columns, np.take_along_axis(expected, columns, 1), 1)
+        expected = best / best.sum(1, keepdims=True)
+    assert relative_error(affinities, expected) < 5e-3
+
+
+def blocks_of(chosen, experts, tokens, size):
+    """(token of every slot, expert of every block): each expert's tokens in blocks, padded with the row `tokens`."""
+    slots, owners = [], []
+    for expert in range(experts):
+        mine = np.flatnonzero((chosen == expert).any(1))
+        padded = np.full(-(-len(mine) // size) * size, tokens)
+        padded[: len(mine)] = mine
+        slots.append(padded)
+        owners += [expert] * (len(padded) // size)
+    return np.concatenate(slots).astype(np.int32), np.array(owners, np.int32)[:, None]
+
+
+def test_blockwise_moe(rng):
+    """Padding tokens of all blocks share one row of the output, which nobody reads."""
+    types = nki_library("core.utils.common_types")
+    module = nki_library("core.moe.moe_cte.bwmm_shard_on_I")
+    tokens, hidden, intermediate, experts, size = 300, 512, 256, 3, 256
+    x = rng.standard_normal((tokens + 1, hidden)).astype(BF16)
+    x[tokens] = 0
+    gate_up = (rng.standard_normal((experts, hidden, 2, intermediate)) * hidden**-0.5).astype(BF16)
+    down = (rng.standard_normal((experts, intermediate, hidden)) * intermediate**-0.5).astype(BF16)
+    chosen = np.argsort(rng.random((tokens, experts)), axis=1)[:, :2]
+    affinity = np.zeros((tokens + 1, experts), np.float32)
+    np.put_along_axis(affinity[:tokens], chosen, rng.random((tokens, 2), dtype=np.float32), 1)
+    affinity = affinity.astype(BF16)
+    slots, owners = blocks_of(chosen, experts, tokens, size)
+    result = simulator.run(
+        module.blockwise_mm_baseline_shard_intermediate, x, affinity.reshape(-1, 1), gate_up, down, size, slots, owners,
+        expert_affinities_scaling_mode=types.ExpertAffinityScaleMode.POST_SCALE, grid=2,
+    )  # fmt: skip
+    expected = np.zeros((tokens, hidden))
+    exact = x[:tokens].astype(np.float64)
+    for expert in range(experts):
+        gate, up = (gate_up[expert, :, i].astype(np.float64) for i in range(2))
+        out = (silu(exact @ gate) * (exact @ up)) @ down[expert].astype(np.float64)
+        expected += affinity[:tokens, expert, None].astype(np.float64) * out
+    assert relative_error(result.outputs[:tokens], expected) < 6e-3
+    assert any(f"row {tokens} is scattered to more than once" in d for d in result.report.diagnostics)
+    assert len(result.report.poisoned) == 1 and f" {hidden} elements" in result.report.poisoned[0]

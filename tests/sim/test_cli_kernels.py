@@ -171,8 +171,19 @@ def test_bad_input_is_one_line_that_names_it(file: Path, args: list[str], words:
 
 def test_a_kernel_file_that_does_not_import_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("import nki\nx = 1 +\n")
-    (tmp_path / "old.py").write_text("import neuronxcc.nki\n")
     assert_refused(kernels("run", tmp_path / "broken.py"), "broken.py:2", "not valid Python")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import neuronxcc.nki.language as nl\n",
+        "from neuronxcc.nki.isa import memset\n",
+        "from neuronxcc import nki\n@nki.jit\ndef k(a):\n    return a\n",
+    ],
+)
+def test_a_kernel_of_the_old_api_is_one_line(source: str, tmp_path: Path) -> None:
+    (tmp_path / "old.py").write_text(source)
     assert_refused(kernels("run", tmp_path / "old.py"), "neuronxcc", "before NKI 0.3")
 
 

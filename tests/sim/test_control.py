@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Registers, device loops, LNC pairs, kernel objects and argument structures."""
 
+import time
 from dataclasses import dataclass
 from enum import Enum
 
@@ -60,6 +61,22 @@ def count_down(start):
 def test_while_loop_runs_until_the_register_is_zero(start):
     out = simulator.run(count_down, np.array([[start]], np.int32), strict=True).outputs
     assert out[0, 0] == start * (start + 1) // 2
+
+
+def test_an_endless_loop_ends_within_seconds():
+    def kernel():
+        tile, one = nl.zeros((4, 1), dtype=nl.float32), nisa.register_alloc(1)
+
+        def body(condition):
+            nisa.memset(dst=tile, value=0.0)
+            return one
+
+        nl.while_loop(one, body)
+
+    start = time.process_time()
+    with pytest.raises(simulator.DeadlockError, match="10000 iterations"):
+        simulator.run(kernel)
+    assert time.process_time() - start < 10
 
 
 def test_loop_register_is_passed_by_value():

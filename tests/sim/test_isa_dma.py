@@ -111,6 +111,42 @@ def test_scatter_writes_rows_and_skip_leaves_the_rest(rows, data):
     np.testing.assert_array_equal(table, expected)
 
 
+@pytest.mark.parametrize("columns", [6, 2])
+def test_gather_of_skipped_rows_only(columns):
+    """From a table that was partly written; dst of the same or of another shape."""
+    index = np.full((4, 1), SKIP, np.uint32)
+
+    def kernel(i):
+        table = nl.ndarray((8, 6), dtype=nl.float32, buffer=nl.private_hbm)
+        nisa.dma_copy(dst=table[0:1], src=nl.zeros((1, 6), dtype=nl.float32))
+        out = nl.full((24 // columns, columns), 7.0, dtype=nl.float32)
+        source = table.ap([[6, 4], [1, 6]], vector_offset=load(i), indirect_dim=0)
+        nisa.dma_copy(dst=out, src=source, oob_mode=nisa.oob_mode.skip)
+        return store(out)
+
+    result = simulator.run(kernel, index)
+    np.testing.assert_array_equal(result.outputs, np.full((24 // columns, columns), 7.0))
+    assert result.report.poisoned == []
+
+
+def test_row_scattered_to_twice_is_undefined_and_the_others_are_not():
+    """Padding tokens of a mixture of experts share one row: legal as long as nobody reads that row."""
+    values = np.arange(24, dtype=np.float32).reshape(4, 6)
+    index = np.array([[1], [3], [0], [3]], np.int32)
+
+    def kernel(v, i, rows):
+        out = nl.full((4, 6), -1.0, dtype=nl.float32, buffer=nl.shared_hbm)
+        nisa.dma_copy(dst=out.ap([[6, 4], [1, 6]], vector_offset=load(i), indirect_dim=0), src=load(v))
+        return store(load(out[0:rows]))
+
+    result = simulator.run(kernel, values, index, 3)
+    np.testing.assert_array_equal(result.outputs, [values[2], values[0], [-1] * 6])
+    assert result.report.poisoned == []
+    assert "row 3 is scattered to more than once" in result.report.diagnostics[0]
+    (whole,) = simulator.run(kernel, values, index, 4).report.poisoned
+    assert "6 elements" in whole
+
+
 def test_static_offset_adds_to_the_vector_offset():
     table = np.arange(40, dtype=np.float32).reshape(5, 8)
 

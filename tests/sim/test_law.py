@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every law: the violating kernel raises with instruction, operand and line; its conforming twin runs."""
+"""Every law: the violating kernel raises with instruction, operand and line; its conforming twin runs.
+
+Longer than other test files because it holds the table of laws.
+"""
 
 import numpy as np
 import pytest
@@ -341,12 +344,22 @@ def dma_rounds_large_integers(bad):
     nisa.dma_copy(dst=hbm((4, 4), dtype=nl.float32) if bad else hbm((4, 4), dtype=nl.int32), src=x)
 
 
-@law("row 3 is scattered to more than once")
-def duplicate_scatter_rows(bad):
+def rows_from_3(step):
+    """Four rows of an [8, 16] table, from row 3 on."""
     index = nl.ndarray((4, 1), dtype=nl.int32, buffer=nl.sbuf)
-    nisa.iota(dst=index, pattern=[[0, 1]], offset=3, channel_multiplier=0 if bad else 1)
-    dst = hbm((8, 16)).ap(pattern=[[16, 4], [1, 16]], vector_offset=index, indirect_dim=0)
-    nisa.dma_copy(dst=dst, src=tile((4, 16)))
+    nisa.iota(dst=index, pattern=[[0, 1]], offset=3, channel_multiplier=step)
+    return hbm((8, 16)).ap(pattern=[[16, 4], [1, 16]], vector_offset=index, indirect_dim=0)
+
+
+@law("row 3 is scattered to more than once", error=simulator.StrictError, strict=True)
+def duplicate_scatter_rows(bad):
+    nisa.dma_copy(dst=rows_from_3(0 if bad else 1), src=tile((4, 16)))
+
+
+@law("row 3 is added to more than once")
+def duplicate_rows_of_a_scatter_add(bad):
+    rows = rows_from_3(0 if bad else 1)
+    nisa.dma_compute(dst=rows, srcs=[rows, tile((4, 16))], reduce_op=nl.add)
 
 
 @law("source of a vector scatter must be in SBUF")
@@ -361,6 +374,12 @@ def scatter_from_hbm(bad):
 def dma_transpose_shape(bad):
     dst = tile((32, 16) if not bad else (16, 32), dtype=nl.bfloat16)
     nisa.dma_transpose(dst=dst, src=hbm((16, 32), dtype=nl.bfloat16))
+
+
+@law("scalar_tensor_tensor: dtype: no document", error=simulator.StrictError, strict=True)
+def undocumented_argument(bad):
+    x, extra = tile((4, 4)), {"dtype": nl.float32} if bad else {}
+    nisa.scalar_tensor_tensor(dst=x, data=x, op0=nl.add, operand0=1.0, op1=nl.add, operand1=x, **extra)
 
 
 # ---- views --------------------------------------------------------------------------------------------------------
@@ -385,12 +404,30 @@ def ap_on_a_slice(bad):
     (x[1:3] if bad else x).ap(pattern=[[8, 2], [1, 8]])
 
 
+@law("not a whole tensor", error=simulator.StrictError, strict=True)
+def ap_on_a_slice_of_a_tile(bad):
+    x = tile((4, 8))
+    (x[:, 4:8] if bad else x).ap(pattern=[[4 if bad else 8, 4], [1, 4]])
+
+
 # ---- control ------------------------------------------------------------------------------------------------------
 @law("more than 100 iterations", error=simulator.DeadlockError)
 def endless_loop(bad):
     one = nisa.register_alloc(1)
     zero = nisa.register_alloc(0)
     nl.while_loop(one, lambda r: r if bad else zero)
+
+
+@law("while_loop: more than 1000 instructions", error=simulator.DeadlockError)
+def endless_loop_with_a_large_body(bad):
+    one, zero, x = nisa.register_alloc(1), nisa.register_alloc(0), tile((4, 4))
+
+    def body(r):
+        for _ in range(100):
+            nisa.memset(dst=x, value=1.0)
+        return one if bad else zero
+
+    nl.while_loop(one, body)
 
 
 @law("device loops do not nest", target="trn1")

@@ -106,8 +106,10 @@ def test_unknown_target_lists_names():
 
 def test_64_bit_array_raises():
     a = np.ones((128, 4))
-    with pytest.raises(simulator.LawError, match="float64"):
-        simulator.run(add_rows, a, a)
+    with pytest.raises(simulator.LawError, match=r"args\[1\]: dtype: got dtype\('float64'\), need"):
+        simulator.run(add_rows, a.astype(np.float32), a)
+    with pytest.raises(simulator.LawError, match=r"b\[0\]: dtype: got dtype\('int64'\)"):
+        simulator.run(add_rows, a.astype(np.float32), b=[a.astype(np.int64)])
 
 
 def test_unknown_instruction_lists_nearest():

@@ -28,6 +28,7 @@ import nki.language as nl
 """
 SBUF = "nl.ndarray((128, 512), dtype=nl.float32, buffer=nl.sbuf)"
 PSUM = "nl.ndarray((128, 512), dtype=nl.float32, buffer=nl.psum)"
+SECOND_KERNEL = "@nki.jit\ndef second(x):\n    return x\n\n\n"
 TILES = f"t = {SBUF}\nu = {SBUF}\nacc = {PSUM}\n"
 
 
@@ -125,6 +126,11 @@ API_CASES = [
      kernel(TILES + "nisa.dma_compute(dst=t, srcs=[t, u], reduce_op=nl.add)")),
     ("isa-arguments", kernel(TILES + "nisa.tensor_copy(t, u, nisa.engine.vector, 'name', 5)"),
      kernel(TILES + "nisa.tensor_copy(t, u, nisa.engine.vector, 'name')")),
+    ("unknown-instruction", kernel(TILES + "nisa.tensor_scalr(dst=t, data=u, op0=nl.add, operand0=1.0)"),
+     kernel(TILES + "nisa.tensor_scalar(dst=t, data=u, op0=nl.add, operand0=nisa.get_nc_version())")),
+    ("undocumented-argument",
+     kernel(TILES + "nisa.scalar_tensor_tensor(t, t, nl.add, 1.0, nl.add, u, dtype=nl.float32)"),
+     kernel(TILES + "nisa.scalar_tensor_tensor(t, t, nl.add, 1.0, nl.add, u)")),
     ("deprecated-range", kernel("for i in nl.affine_range(4):\n    print(i)"),
      kernel("for i in range(4):\n    print(i)")),
     ("dynamic-range", kernel("for i in nl.dynamic_range(n):\n    print(1)"), loop("print(1)")),
@@ -135,6 +141,10 @@ API_CASES = [
      kernel("o = nl.ndarray((8, 8), dtype=x.dtype, buffer=nl.shared_hbm)\nreturn o")),
     ("output-buffer", kernel(TILES + "return x, t"),
      kernel("return tile(x)", f"def tile(a):\n    t = {SBUF}\n    return t\n")),
+    ("output-buffer", kernel(TILES + "return t", SECOND_KERNEL) + "\nresult = kernel(np.ones(4), 2)\n",
+     kernel(TILES + "return t", SECOND_KERNEL)),
+    ("on-chip-result", kernel(TILES + "return t", SECOND_KERNEL),
+     kernel(TILES + "return t", SECOND_KERNEL + "@nki.jit\ndef third(x):\n    return kernel(x, 1)\n")),
     ("on-chip-rank", kernel("a = nl.ndarray((128,), dtype=nl.float32)"),
      kernel("a = nl.ndarray((128,), dtype=nl.float32, buffer=nl.shared_hbm)")),
     ("partition-limit", kernel("a = nl.ndarray((256, 4), dtype=nl.float32, buffer=nl.psum)"),

@@ -158,3 +158,47 @@ def test_dynamic_select_reads_the_indexed_slice(data):
         return out
 
     np.testing.assert_array_equal(simulator.run(kernel, array).outputs.reshape(expected.shape), expected)
+
+
+@QUICK
+@given(st.data())
+def test_ap_on_a_slice_of_a_tile_steps_to_the_next_partition(data):
+    """With the slice's own row length as first stride, as with the tile's."""
+    p, n = data.draw(st.integers(1, 6)), data.draw(st.integers(2, 8))
+    start = data.draw(st.integers(0, n - 1))
+    width = data.draw(st.integers(1, n - start))
+    offset = data.draw(st.integers(0, width - 1))
+    array = numbered((p, n))
+
+    def kernel(a, step):
+        tile = nl.ndarray((p, n), dtype=nl.int32, buffer=nl.sbuf)
+        nisa.dma_copy(dst=tile, src=a)
+        out = nl.ndarray((p, width - offset), dtype=nl.int32, buffer=nl.shared_hbm)
+        view = tile[:, start : start + width]
+        nisa.dma_copy(dst=out, src=view.ap([[step, p], [1, width - offset]], offset=offset))
+        return out
+
+    for step in (width, n):
+        out = simulator.run(kernel, array, step).outputs
+        np.testing.assert_array_equal(out, array[:, start + offset : start + width])
+
+
+def test_ap_on_a_slice_of_a_tile_with_gaps_in_its_rows_raises():
+    def kernel(step):
+        tile = nl.ndarray((4, 6, 8), dtype=nl.float32, buffer=nl.sbuf)
+        tile[:, 0:2, 0:4].ap([[step, 4], [1, 4]])
+
+    simulator.run(kernel, 48)
+    with pytest.raises(simulator.LawError, match="first stride 8, need the 48 elements"):
+        simulator.run(kernel, 8)
+
+
+def test_address_of_tiles_that_were_placed():
+    def kernel(seen):
+        placed = nl.ndarray((64, 8), dtype=nl.float32, buffer=nl.sbuf, address=(64, 512))
+        free = nl.ndarray((64, 8), dtype=nl.float32, buffer=nl.sbuf)
+        seen += [placed.address, placed[32:64, 2:4].address, free.address]
+
+    seen = []
+    simulator.run(lambda: kernel(seen))
+    assert seen == [(64, 512), (96, 520), None]

@@ -9,7 +9,7 @@ import pytest
 from nki_kernels import simulator
 from nki_kernels.hardware import GENERATIONS, generation
 from nki_kernels.simulator import calibration
-from nki_kernels.toolchain import nisa, nl
+from nki_kernels.toolchain import nisa, nki, nl
 
 
 def run(body, *arrays, target="trn2", **kwargs):
@@ -187,6 +187,35 @@ def test_depends_on_orders_independent_instructions():
     free, ordered = run(body, False), run(body, True)
     end = next(s.end for s in ordered.timeline.spans if ordered.events[0][s.number].op == "activation")
     assert start_of_last(free) < end <= start_of_last(ordered)
+
+
+@nki.jit
+def named_instructions():
+    x, y = nl.zeros((128, 4096), dtype=nl.float32), nl.zeros((128, 64), dtype=nl.float32)
+    nisa.activation(dst=x, op=nl.exp, data=x, name="exp")
+    nisa.tensor_scalar(dst=y, data=y, op0=nl.add, operand0=1.0, engine=nisa.engine.vector, name="plus1")
+
+
+@pytest.mark.parametrize("producers", ["exp", ["exp"]])
+def test_with_schedule_adds_dependencies(producers):
+    def spans(kernel):
+        report = simulator.run(kernel).report
+        return report, {report.events[0][s.number].name: s for s in report.timeline.spans}
+
+    _, free = spans(named_instructions)
+    assert free["plus1"].start < free["exp"].end
+    report, ordered = spans(named_instructions.with_schedule([("plus1", producers)]))
+    assert ordered["exp"].end <= ordered["plus1"].start and report.diagnostics == []
+    report, _ = spans(named_instructions.with_schedule([("exp", "plus1")]))
+    assert "exp waits for plus1, issued later: not modelled" in report.diagnostics[0]
+    assert "test_timeline.py:" in report.diagnostics[0]
+
+
+def test_with_schedule_checks_names():
+    with pytest.raises(simulator.LawError, match="named_instructions has no instruction named 'plus2'. Nearest: plus1"):
+        simulator.run(named_instructions.with_schedule([("plus2", "exp")]))
+    with pytest.raises(simulator.LawError, match="with_schedule: got 'plus1', need .*test_timeline.py"):
+        named_instructions.with_schedule(["plus1"])
 
 
 def test_timeline_covers_every_event_and_respects_engine_order():

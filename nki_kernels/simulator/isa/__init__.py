@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The simulator's `nki.isa`: one module per engine, gathered here under NKI's names."""
 
-import difflib
 from typing import Any
 
 from ..errors import LawError as NkiValidationError
-from ..errors import NotImplementedInstructionError, at_line
+from ..errors import unknown_name
 from ..state import Instruction as NkiInstruction
 from ..state import Register as VirtualRegister
 from . import enums as constants
@@ -28,6 +27,7 @@ from .enums import (
     vector_engine,
 )
 from .gpsimd import affine_select, iota, local_gather, nc_n_gather, nonzero_with_count, tensor_partition_reduce
+from .reductions import tensor_scalar_reduce
 from .registers import register_alloc, register_load, register_move, register_store
 from .scalar import activate2, activation, activation_reduce
 from .scan import tensor_scalar_cumulative, tensor_tensor_scan
@@ -51,7 +51,6 @@ from .vector import (
     tensor_copy,
     tensor_reduce,
     tensor_scalar,
-    tensor_scalar_reduce,
     tensor_tensor,
 )
 
@@ -118,14 +117,4 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("__"):
-        raise AttributeError(name)
-
-    def missing(*_: Any, **__: Any) -> Any:
-        near = difflib.get_close_matches(name, __all__, n=3, cutoff=0.4)
-        raise NotImplementedInstructionError(
-            f"nisa.{name} is not implemented by the simulator{at_line()}. Nearest: {', '.join(near) or 'none'}."
-        )
-
-    missing.__name__ = name
-    return missing
+    raise unknown_name("nisa", name, __all__)

@@ -75,6 +75,7 @@ def dma_copy(
     core = current()
     dst, src = _endpoint("dma_copy", "dst", dst), _endpoint("dma_copy", "src", src)
     law.writable("dma_copy", "dst", dst)
+    law.not_packed("dma_copy", dst, src)
     if dst.size != src.size:
         raise law_error("dma_copy", "src", f"{src.shape} has {src.size} elements, dst {dst.shape} has {dst.size}")
     dge_mode = member("dma_copy", "dge_mode", DgeMode, dge_mode)

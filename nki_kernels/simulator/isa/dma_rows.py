@@ -11,6 +11,7 @@ from ..errors import LawError, OutOfBoundsError, at_line
 from ..errors import law as law_error
 from ..machine import Core, Mask
 from ..memory import SBUF
+from ..races import note_read, note_write
 from ..tensor import NkiTensor
 from .enums import oob_mode as OobMode
 
@@ -18,7 +19,7 @@ from .enums import oob_mode as OobMode
 class Rows:
     """A vector-addressed side resolved to rows: which are in bounds, and a view [rows, …] of the target."""
 
-    __slots__ = ("indices", "valid", "table", "poison", "tensor", "index")
+    __slots__ = ("indices", "valid", "table", "poison", "marks", "tensor", "index")
 
     def __init__(self, core: Core, instruction: str, t: NkiTensor, oob: Any, transpose: bool = False) -> None:
         ind = t.indirection
@@ -36,8 +37,6 @@ class Rows:
             raise LawError(f"{instruction}: vector_offset: {self.index!r} was never written{at_line()}")
         self.indices = flat.astype(np.int64)
         size, storage = t.itemsize, t.storage
-        if storage.writers is not None:
-            core.check_race(t)
         inner = sum((n - 1) * s for n, s in zip(t.shape[1:], t.strides[1:], strict=True)) + 1
         room = storage.nbytes - (t.offset + inner) * size
         rows = min(ind.rows, room // ind.stride_bytes + 1) if room >= 0 else 0
@@ -51,10 +50,33 @@ class Rows:
         shape = (max(rows, 1), *t.shape[1:])
         strides = (ind.stride_bytes, *(s * size for s in t.strides[1:]))
         self.table = np.ndarray(shape, dtypes.to_numpy(t.dtype), storage.data, t.offset * size, strides)
+        self.marks: Mask = None
+        if storage.accesses is not None:
+            row = (ind.stride_bytes // size, *t.strides[1:])
+            self.marks = storage.accesses.view(core, storage, size, shape, row, t.offset)
         self.poison: Mask = None
         if storage.poison is not None and storage.unit == size:
             row = (ind.stride_bytes // size, *t.strides[1:])
             self.poison = np.ndarray(shape, np.bool_, storage.poison.view(np.uint8), t.offset, row)
+
+
+    def read(self, core: Core) -> np.ndarray:
+        """The rows in bounds."""
+        inside = self.indices[self.valid]
+        if self.marks is not None:
+            marks = self.marks[inside]
+            note_read(core, self.tensor.storage, marks)
+            self.marks[inside] |= marks
+        return self.table[inside]
+
+    def write(self, core: Core, values: np.ndarray) -> None:
+        """Replace the rows in bounds."""
+        inside = self.indices[self.valid]
+        if self.marks is not None:
+            marks = self.marks[inside]
+            note_write(core, self.tensor.storage, marks, self.table[inside], values)
+            self.marks[inside] |= marks
+        self.table[inside] = values
 
 
 def one_run(core: Core, instruction: str, t: NkiTensor) -> None:
@@ -71,7 +93,7 @@ def gather(core: Core, dst: NkiTensor, src: NkiTensor, oob: Any) -> dict[str, An
     one_run(core, "dma_copy", src)
     rows = Rows(core, "dma_copy", src, oob)
     valid, p = rows.valid, src.shape[0]
-    picked = rows.table[rows.indices[valid]]
+    picked = rows.read(core)
     if dst.dtype != src.dtype:
         picked = dtypes.cast(picked, src.dtype, dst.dtype)
     if valid.all() and rows.poison is None:
@@ -79,13 +101,16 @@ def gather(core: Core, dst: NkiTensor, src: NkiTensor, oob: Any) -> dict[str, An
     else:
         old = core.invalid(dst)
         mask = np.zeros((p, dst.size // p), bool) if old is None else old.reshape(p, -1).copy()
-        mask[valid] = False if rows.poison is None else rows.poison[rows.indices[valid]].reshape(len(picked), -1)
+        if rows.poison is None:
+            mask[valid] = False
+        else:
+            mask[valid] = rows.poison[rows.indices[valid]].reshape(len(picked), dst.size // p)
         if dst.shape[0] == p:
             out = dst.array.copy()
             out[valid] = picked.reshape((len(picked), *dst.shape[1:]))
         else:
             out = dst.array.reshape(p, -1).copy()
-            out[valid] = picked.reshape(len(picked), -1)
+            out[valid] = picked.reshape(len(picked), dst.size // p)
         core.store(dst, out, mask.reshape(dst.shape))
     return {"descriptors": int(valid.sum()), "row_bytes": src.size // p * src.itemsize, "rows": p}
 
@@ -95,31 +120,38 @@ def scatter(core: Core, dst: NkiTensor, src: NkiTensor, oob: Any) -> dict[str, A
     rows = Rows(core, "dma_copy", dst, oob)
     valid, p = rows.valid, dst.shape[0]
     target = rows.indices[valid]
-    law.unique_rows("dma_copy", target)
+    repeated = law.repeated_rows(target)
+    if repeated.size:
+        # Published kernels send padding rows to one row that nobody reads: what it holds afterwards is undefined.
+        core.machine.ambiguous(
+            f"dma_copy: vector_offset: row {int(repeated[0])} is scattered to more than once, in undefined order"
+        )
     values = core.load(src)
     poison = core.invalid(src)
     values = values.reshape((p, *dst.shape[1:]))
     if dst.dtype != src.dtype:
         values = dtypes.cast(values, src.dtype, dst.dtype)
-    rows.table[target] = values[valid]
-    scattered(core, rows, dst, target, None if poison is None else poison.reshape((p, *dst.shape[1:]))[valid])
+    rows.write(core, values[valid])
+    undefined = np.zeros(values.shape, bool)
+    if poison is not None and poison.reshape(values.shape)[valid].any():
+        core.machine.note("reads memory that was never written")
+        undefined |= poison.reshape(values.shape)
+    undefined = undefined[valid] | np.isin(target, repeated).reshape(-1, *(1,) * (values.ndim - 1))
+    scattered(core, rows, dst, target, undefined)
     return {"descriptors": int(valid.sum()), "row_bytes": dst.size // p * dst.itemsize, "rows": p}
 
 
 def scattered(core: Core, rows: Rows, dst: NkiTensor, target: np.ndarray, poison: Mask) -> None:
-    """Bookkeeping of rows written by a scatter."""
+    """Bookkeeping of rows written by a scatter; `poison` marks the elements without a defined value."""
     core.pending.clear()
     storage = dst.storage
     if poison is not None and poison.any():
-        core.machine.note("reads memory that was never written")
         if storage.poison is None:
             storage.poison = np.zeros(storage.nbytes // storage.unit, dtype=bool)
             row = (dst.indirection.stride_bytes // dst.itemsize, *dst.strides[1:])  # type: ignore[union-attr]
             rows.poison = np.ndarray(rows.table.shape, np.bool_, storage.poison.view(np.uint8), dst.offset, row)
     if rows.poison is not None:
         rows.poison[target] = False if poison is None else poison
-    if storage.writers is not None and core.machine.num_cores > 1:
-        core.note_writer(dst)
 
 
 def gather_transpose(core: Core, dst: NkiTensor, src: NkiTensor, order: tuple[int, ...], oob: Any) -> dict[str, Any]:
@@ -153,7 +185,7 @@ def gather_transpose(core: Core, dst: NkiTensor, src: NkiTensor, order: tuple[in
     if oob is OobMode.skip:
         core.machine.ambiguous(f"{what}: oob_mode: skip with mixed indices hangs trn2/trn3 devices")
     rows = Rows(core, what, src, oob, transpose=True)
-    picked = rows.table[rows.indices[rows.valid]]
+    picked = rows.read(core)
     if rows.valid.all():
         poison = None if rows.poison is None else rows.poison[rows.indices].transpose(order)
         core.store(dst, np.ascontiguousarray(picked.transpose(order)), poison)
@@ -173,8 +205,12 @@ def scatter_add(core: Core, dst: NkiTensor, data: NkiTensor, oob: Any) -> dict[s
     target, p = rows.indices[rows.valid], dst.shape[0]
     law.unique_rows("dma_compute", target)
     add = core.load_fp32(data).reshape((p, *dst.shape[1:]))[rows.valid]
-    rows.table[target] = dtypes.from_fp32(dtypes.to_fp32(rows.table[target], dst.dtype) + add, dst.dtype)
-    scattered(core, rows, dst, target, None if rows.poison is None else rows.poison[target])
+    rows.write(core, dtypes.from_fp32(dtypes.to_fp32(rows.read(core), dst.dtype) + add, dst.dtype))
+    unknown = core.invalid(data)
+    mask = np.zeros(add.shape, bool) if unknown is None else unknown.reshape((p, *dst.shape[1:]))[rows.valid]
+    if mask.any():
+        core.machine.note("reads memory that was never written")
+    scattered(core, rows, dst, target, mask if rows.poison is None else mask | rows.poison[target])
     return {"descriptors": 2 * len(target), "row_bytes": dst.size // p * dst.itemsize, "rows": p}
 
 
@@ -182,7 +218,7 @@ def gather_add(core: Core, dst: NkiTensor, src: NkiTensor, oob: Any) -> dict[str
     rows = Rows(core, "dma_compute", src, oob)
     p = src.shape[0]
     out = core.load_fp32(dst).reshape(p, -1).copy()
-    picked = dtypes.to_fp32(rows.table[rows.indices[rows.valid]], src.dtype)
-    out[rows.valid] += picked.reshape(len(picked), -1)
+    picked = dtypes.to_fp32(rows.read(core), src.dtype)
+    out[rows.valid] += picked.reshape(len(picked), out.shape[1])
     core.store_fp32(dst, out)
     return {"descriptors": int(rows.valid.sum()), "row_bytes": math.prod(src.shape[1:]) * src.itemsize, "rows": p}

@@ -83,6 +83,7 @@ def tensor_partition_reduce(dst: NkiTensor, op: Any, data: NkiTensor, name: str 
     what = "tensor_partition_reduce"
     fn = law.operator(what, ops.resolve(op, what), "reduce")
     dst = law.tile(core, what, "dst", dst, (SBUF,))
+    law.writable(what, "dst", dst)
     data = law.tile(core, what, "data", data, (SBUF,))
     if dst.shape[0] != 1 or dst.free_size != data.free_size:
         raise law_error(what, "dst", f"{dst.shape}, need [1, {data.free_size}]")
@@ -109,6 +110,7 @@ def local_gather(
     core = current()
     what = "local_gather"
     dst = law.tile(core, what, "dst", dst, (SBUF,))
+    law.writable(what, "dst", dst)
     src = law.tile(core, what, "src_buffer", src_buffer, (SBUF,))
     index = law.tile(core, what, "index", index, (SBUF,))
     if index.dtype != "uint16" or dst.dtype != src.dtype:
@@ -141,6 +143,7 @@ def nc_n_gather(dst: NkiTensor, data: NkiTensor, indices: NkiTensor, name: str |
     core = current()
     what = "nc_n_gather"
     dst = law.tile(core, what, "dst", dst, (SBUF,))
+    law.writable(what, "dst", dst)
     data = law.tile(core, what, "data", data, (SBUF,))
     indices = law.tile(core, what, "indices", indices, (SBUF,))
     law.same_shape(what, dst, indices=indices)
@@ -162,6 +165,7 @@ def nonzero_with_count(
     what = "nonzero_with_count"
     law.generation_at_least(core, what, 3)
     dst = law.tile(core, what, "dst", dst, (SBUF,))
+    law.writable(what, "dst", dst)
     src = law.tile(core, what, "src", src, (SBUF,))
     if dst.dtype != "int32" or dst.free_size != src.free_size + 1 or dst.shape[0] != src.shape[0]:
         raise law_error(what, "dst", f"{dst!r}, need int32 [{src.shape[0]}, {src.free_size + 1}]")

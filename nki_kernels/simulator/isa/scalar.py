@@ -10,8 +10,10 @@ from ..errors import law as law_error
 from ..machine import Core
 from ..state import Instruction, current
 from ..tensor import NkiTensor
+from .enums import member
 from .enums import reduce_cmd as ReduceCmd
-from .vector import ERRSTATE, row_poison, scalar_value, store_reduction
+from .reductions import row_poison, store_reduction
+from .vector import ERRSTATE, scalar_value
 
 
 def _bias(core: Core, what: str, bias: Any, partitions: int) -> NkiTensor | float:
@@ -71,9 +73,10 @@ def _activation(
 ) -> Instruction:
     core = current()
     fn = law.operator(what, ops.resolve(op, what), "act")
+    command = _command(what, command)
     dst = law.tile(core, what, "dst", dst)
     data = law.tile(core, what, "data", data)
-    law.writable(what, "dst", dst)
+    law.destination(core, what, dst, reduce_res)
     law.same_shape(what, dst, data=data)
     law.overlap(what, dst, "data", data)
     p = data.shape[0]
@@ -99,7 +102,15 @@ def _activation(
     return core.record(what, "scalar", writes, reads, name, act=fn.name, reduced=reduce_res is not None)
 
 
-def _accumulate(core: Core, what: str, x: np.ndarray, reduce_op: Any, command: Any) -> np.ndarray:
+def _command(what: str, value: Any) -> ReduceCmd:
+    """reduce_cmd as a member; ScalarE's accumulators cannot be loaded."""
+    command = member(what, "reduce_cmd", ReduceCmd, value)
+    if command is ReduceCmd.load_reduce:
+        raise law_error(what, "reduce_cmd", f"{command}, need idle, reset, reduce or reset_reduce")
+    return command
+
+
+def _accumulate(core: Core, what: str, x: np.ndarray, reduce_op: Any, command: ReduceCmd) -> np.ndarray:
     acc, p = core.scalar_accumulators, x.shape[0]
     if reduce_op is not None and ops.resolve(reduce_op, what, "reduce_op").name != "add":
         raise law_error(what, "reduce_op", f"{reduce_op!r}, need nl.add")
@@ -138,6 +149,7 @@ def activate2(
     law.generation_at_least(core, what, 4)
     fn = law.operator(what, ops.resolve(op, what), "act")
     first, second = ops.resolve(op0, what, "op0"), ops.resolve(op1, what, "op1")
+    command = _command(what, reduce_cmd)
     legal = {
         ("multiply", "add"),
         ("multiply", "subtract"),
@@ -150,7 +162,7 @@ def activate2(
         raise law_error(what, "op0, op1", f"({first!r}, {second!r}) is not one of {sorted(legal)}")
     dst = law.tile(core, what, "dst", dst)
     data = law.tile(core, what, "data", data)
-    law.writable(what, "dst", dst)
+    law.destination(core, what, dst, reduce_res)
     law.same_shape(what, dst, data=data)
     x = core.load_fp32(data)
     reads: list[NkiTensor] = [data]
@@ -167,7 +179,7 @@ def activate2(
     poison = row_poison(core, dst.shape[0])
     core.store_fp32(dst, x)
     writes: tuple[NkiTensor, ...] = (dst,)
-    if reduce_res is not None or reduce_cmd is not ReduceCmd.idle:
-        values = _accumulate(core, what, x.reshape(x.shape[0], -1), reduce_op, reduce_cmd)
+    if reduce_res is not None or command is not ReduceCmd.idle:
+        values = _accumulate(core, what, x.reshape(x.shape[0], -1), reduce_op, command)
         writes = store_reduction(core, what, dst, reduce_res, values, poison)
     return core.record(what, "scalar", writes, tuple(reads), name, act=fn.name, reduced=reduce_res is not None)

@@ -13,7 +13,8 @@ from ..state import Instruction, current
 from ..tensor import NkiTensor
 from .enums import member
 from .enums import reduce_cmd as ReduceCmd
-from .vector import ERRSTATE, row_poison, scalar_value
+from .reductions import row_poison
+from .vector import ERRSTATE, scalar_value
 
 
 def tensor_tensor_scan(

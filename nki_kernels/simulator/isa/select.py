@@ -10,8 +10,10 @@ from ..errors import law as law_error
 from ..machine import Core
 from ..state import Instruction, current
 from ..tensor import NkiTensor
+from .enums import member
 from .enums import reduce_cmd as ReduceCmd
-from .vector import ERRSTATE, accumulate_rows, row_poison, scalar_value, store_reduction
+from .reductions import accumulate_rows, row_poison, store_reduction
+from .vector import ERRSTATE, scalar_value
 
 FP32_MIN = float(np.finfo(np.float32).min)
 MAX8_RANGE = (8, 16384)
@@ -74,7 +76,7 @@ def select_reduce(
     dst = law.tile(core, what, "dst", dst)
     predicate = law.tile(core, what, "predicate", predicate)
     on_true = law.tile(core, what, "on_true", on_true)
-    law.writable(what, "dst", dst)
+    law.destination(core, what, dst, reduce_res)
     law.same_shape(what, dst, predicate=predicate, on_true=on_true)
     law.not_both_psum(what, on_true, predicate, "on_true, predicate")
     if predicate.dtype not in ("uint8", "int8", "uint16", "int16", "bool"):
@@ -98,6 +100,7 @@ def _select_store(
     reducer = ops.OPS["maximum"] if reduce_op is None else ops.resolve(reduce_op, what, "reduce_op")
     if reducer.name != "maximum":
         raise law_error(what, "reduce_op", f"{reducer!r}, need nl.maximum")
+    command = member(what, "reduce_cmd", ReduceCmd, command)
     poison = row_poison(core, dst.shape[0])
     core.store_fp32(dst, out)
     if command is ReduceCmd.idle and reduce_res is None:
@@ -127,7 +130,7 @@ def range_select(
     law.generation_at_least(core, what, 3)
     dst = law.tile(core, what, "dst", dst)
     data = law.tile(core, what, "on_true_tile", on_true_tile)
-    law.writable(what, "dst", dst)
+    law.destination(core, what, dst, reduce_res)
     law.same_shape(what, dst, on_true_tile=data)
     if data.dtype not in dtypes.FLOATS:
         raise law_error(what, "on_true_tile", f"dtype {data.dtype}, need a float type")
@@ -216,7 +219,7 @@ def exponential(
     law.generation_at_least(core, what, 4)
     dst = law.tile(core, what, "dst", dst)
     src = law.tile(core, what, "src", src)
-    law.writable(what, "dst", dst)
+    law.destination(core, what, dst, reduce_res)
     law.same_shape(what, dst, src=src)
     top = law.per_partition(core, what, "max_value", max_value, src.shape[0])
     with np.errstate(**ERRSTATE):
@@ -224,9 +227,10 @@ def exponential(
     poison = row_poison(core, dst.shape[0])
     core.store_fp32(dst, x)
     writes: tuple[NkiTensor, ...] = (dst,)
-    if reduce_cmd is not ReduceCmd.idle or reduce_res is not None:
+    command = member(what, "reduce_cmd", ReduceCmd, reduce_cmd)
+    if command is not ReduceCmd.idle or reduce_res is not None:
         rows = x.reshape(x.shape[0], -1).sum(axis=1, dtype=np.float32)
-        values = accumulate_rows(core, what, ops.OPS["add"], rows, reduce_cmd, reduce_init)
+        values = accumulate_rows(core, what, ops.OPS["add"], rows, command, reduce_init)
         writes = store_reduction(core, what, dst, reduce_res, values, poison)
     else:
         core.vector_accumulators.valid = False
@@ -254,6 +258,7 @@ def max8(dst: NkiTensor, src: NkiTensor, name: str | None = None) -> Instruction
     core = current()
     src = _search_input(core, "max8", "src", src)
     dst = _eight(core, "max8", "dst", dst, src.shape[0])
+    law.writable("max8", "dst", dst)
     x = core.load_fp32(src).reshape(src.shape[0], -1)
     poison = row_poison(core, src.shape[0])
     mask = None if poison is None else np.repeat(poison[:, None], 8, axis=1).reshape(dst.shape)
@@ -282,6 +287,7 @@ def nc_find_index8(dst: NkiTensor, data: NkiTensor, vals: NkiTensor, name: str |
     data = _search_input(core, what, "data", data)
     vals = _eight(core, what, "vals", vals, data.shape[0])
     dst = _eight(core, what, "dst", dst, data.shape[0])
+    law.writable(what, "dst", dst)
     if dst.dtype not in ("uint32", "uint16"):
         raise law_error(what, "dst", f"dtype {dst.dtype}, need uint32 or uint16")
     x = core.load_fp32(data).reshape(data.shape[0], -1)
@@ -302,7 +308,9 @@ def nc_match_replace8(
     data = _search_input(core, what, "data", data)
     vals = _eight(core, what, "vals", vals, data.shape[0])
     dst = law.tile(core, what, "dst", dst)
+    law.writable(what, "dst", dst)
     law.same_shape(what, dst, data=data)
+    law.overlap(what, dst, "data", data)
     if dst_idx is not None and core.version == 2:
         raise law_error(what, "dst_idx", "does not compile on NeuronCore-v2")
     x = core.load_fp32(data).reshape(data.shape[0], -1).copy()
@@ -316,6 +324,8 @@ def nc_match_replace8(
     writes: tuple[NkiTensor, ...] = (dst,)
     if dst_idx is not None:
         index = _eight(core, what, "dst_idx", dst_idx, data.shape[0])
+        law.writable(what, "dst_idx", index)
+        law.apart(what, dst, "dst_idx", index)
         core.store(index, np.array(found).astype(dtypes.to_numpy(index.dtype)))
         writes = (dst, index)
     return core.record(what, "vector", writes, (data, vals), name)
@@ -325,6 +335,7 @@ def bn_stats(dst: NkiTensor, data: NkiTensor, name: str | None = None) -> Instru
     """(count, mean, variance*count) of even, then of odd elements of each partition."""
     core = current()
     dst = law.tile(core, "bn_stats", "dst", dst)
+    law.writable("bn_stats", "dst", dst)
     data = law.tile(core, "bn_stats", "data", data)
     if data.free_size > 512 or dst.free_size != 6 or dst.shape[0] != data.shape[0]:
         raise law_error("bn_stats", "dst, data", f"{dst.shape}, {data.shape}: need [P, 6] and at most 512 elements")
@@ -344,6 +355,7 @@ def bn_aggr(dst: NkiTensor, data: NkiTensor, name: str | None = None) -> Instruc
     """Mean and variance from bn_stats triples."""
     core = current()
     dst = law.tile(core, "bn_aggr", "dst", dst)
+    law.writable("bn_aggr", "dst", dst)
     data = law.tile(core, "bn_aggr", "data", data)
     if data.free_size % 3 or dst.free_size != 2 or dst.shape[0] != data.shape[0]:
         raise law_error("bn_aggr", "dst, data", f"{dst.shape}, {data.shape}: need [P, 2] and triples")

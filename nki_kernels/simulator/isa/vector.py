@@ -14,7 +14,7 @@ from ..ops import Op
 from ..state import Instruction, current
 from ..tensor import NkiTensor
 from .enums import engine as Engine
-from .enums import member, pick, reduce_cmd
+from .enums import pick
 
 ERRSTATE: dict[str, Any] = {"all": "ignore"}
 
@@ -47,6 +47,7 @@ def tensor_copy(dst: NkiTensor, src: NkiTensor, engine: Any = Engine.unknown, na
     chosen = pick("tensor_copy", engine, engines, "vector")
     raw = core.load(src)
     if dst.dtype != src.dtype:
+        law.not_packed("tensor_copy", dst, src)
         law.exact_integers("tensor_copy", "src", src, raw)
         raw = dtypes.cast(raw, src.dtype, dst.dtype)
     core.store(dst, raw)
@@ -63,7 +64,7 @@ def memset(dst: NkiTensor, value: Any, engine: Any = Engine.unknown, name: str |
     if not is_int and not isinstance(value, (float, np.floating, bool)):
         raise law_error("memset", "value", f"got {value!r}, need a number")
     if dst.dtype in dtypes.INTEGERS:
-        if not is_int and not isinstance(value, bool) and float(value) != int(value):
+        if not is_int and not (np.isfinite(value) and float(value) == int(value)):
             raise law_error("memset", "value", f"{value!r} for a {dst.dtype} tile, need an int")
         if not is_int:
             core.machine.ambiguous(f"memset: value: {type(value).__name__} for a {dst.dtype} tile")
@@ -71,6 +72,10 @@ def memset(dst: NkiTensor, value: Any, engine: Any = Engine.unknown, name: str |
         if not info.min <= int(value) <= info.max:
             raise law_error("memset", "value", f"{value} does not fit in {dst.dtype}")
         fill = dtypes.to_numpy(dst.dtype).type(int(value))
+    elif dst.dtype in dtypes.PACKED:
+        if value != 0:
+            raise law_error("memset", "value", f"{value!r} for a {dst.dtype} tile, need 0")
+        fill = np.zeros((), dtypes.to_numpy(dst.dtype))
     else:
         if is_int and value != 0:
             core.machine.ambiguous(f"memset: value: int {value} for a {dst.dtype} tile")
@@ -80,7 +85,7 @@ def memset(dst: NkiTensor, value: Any, engine: Any = Engine.unknown, name: str |
     return core.record("memset", chosen, (dst,), (), name, zero=float(value) == 0.0)
 
 
-def _arith(core: Core, instruction: str, operand: str, t: NkiTensor) -> np.ndarray:
+def arith(core: Core, instruction: str, operand: str, t: NkiTensor) -> np.ndarray:
     raw = core.load(t)
     law.exact_integers(instruction, operand, t, raw)
     return dtypes.to_fp32(raw, t.dtype)
@@ -118,7 +123,7 @@ def tensor_tensor(
         core.store(dst, out.astype(np.int64).astype(dtypes.to_numpy(dst.dtype)))
     else:
         law.operator("tensor_tensor", fn, "arith")
-        a, b = _arith(core, "tensor_tensor", "data1", data1), _arith(core, "tensor_tensor", "data2", data2)
+        a, b = arith(core, "tensor_tensor", "data1", data1), arith(core, "tensor_tensor", "data2", data2)
         with np.errstate(**ERRSTATE):
             core.store_fp32(dst, fn.fn(a, b if b.shape == a.shape else b.reshape(a.shape)))
     return core.record("tensor_tensor", chosen, (dst,), (data1, data2), name, alu=fn.name)
@@ -140,7 +145,7 @@ def apply_scalar_op(
     return op.fn(y, x) if reverse else op.fn(x, y)
 
 
-def _scalar_operand(core: Core, instruction: str, label: str, op: Op, operand: Any, p: int) -> Any:
+def scalar_operand(core: Core, instruction: str, label: str, op: Op, operand: Any, p: int) -> Any:
     if op.arity == 1 or op.name == "bypass":
         return 0.0
     return law.per_partition(core, instruction, label, operand, p)
@@ -174,13 +179,13 @@ def tensor_scalar(
         core.store(dst, _bitvec_scalar(core, dst, data, ((first, operand0, reverse0), (second, operand1, reverse1))))
         reads: tuple[NkiTensor, ...] = (data,)
     else:
-        a = _scalar_operand(core, "tensor_scalar", "operand0", first, operand0, data.shape[0])
+        a = scalar_operand(core, "tensor_scalar", "operand0", first, operand0, data.shape[0])
         b = (
             None
             if second is None
-            else _scalar_operand(core, "tensor_scalar", "operand1", second, operand1, data.shape[0])
+            else scalar_operand(core, "tensor_scalar", "operand1", second, operand1, data.shape[0])
         )
-        x = _arith(core, "tensor_scalar", "data", data)
+        x = arith(core, "tensor_scalar", "data", data)
         with np.errstate(**ERRSTATE):
             x = apply_scalar_op(core, "tensor_scalar", x, first, a, reverse0, "op0")
             if second is not None:
@@ -246,6 +251,8 @@ def scalar_tensor_tensor(
     """dst = (data <op0> operand0) <op1> operand1 with operand0 a constant or [P, 1] and operand1 a full tile."""
     core = current()
     what = "scalar_tensor_tensor"
+    if dtype is not None:
+        core.machine.ambiguous(f"{what}: dtype: no document has this argument; published kernels pass it, ignored here")
     first, second = ops.resolve(op0, what, "op0"), ops.resolve(op1, what, "op1")
     dst = law.tile(core, what, "dst", dst)
     data = law.tile(core, what, "data", data)
@@ -255,9 +262,9 @@ def scalar_tensor_tensor(
     law.not_both_psum(what, data, other, "data, operand1")
     law.overlap(what, dst, "data", data)
     law.overlap(what, dst, "operand1", other)
-    scalar = _scalar_operand(core, what, "operand0", first, operand0, data.shape[0])
+    scalar = scalar_operand(core, what, "operand0", first, operand0, data.shape[0])
     law.operator(what, second, "arith", "op1")
-    x, y = _arith(core, what, "data", data), _arith(core, what, "operand1", other)
+    x, y = arith(core, what, "data", data), arith(core, what, "operand1", other)
     with np.errstate(**ERRSTATE):
         x = apply_scalar_op(core, what, x, first, scalar, reverse0, "op0")
         y = y if y.shape == x.shape else y.reshape(x.shape)
@@ -301,7 +308,7 @@ def tensor_reduce(
         core_values = ops.reduce_free(fn, core.load(data), axes)
         core.store(dst, _fit(core_values, dst.dtype), _reduced_poison(core, axes, dst.shape))
     else:
-        x = _arith(core, "tensor_reduce", "data", data)
+        x = arith(core, "tensor_reduce", "data", data)
         with np.errstate(**ERRSTATE):
             out = ops.reduce_free(fn, x, axes)
         core.store_fp32(dst, -out if negate else out, _reduced_poison(core, axes, dst.shape))
@@ -312,92 +319,3 @@ def _reduced_poison(core: Core, axes: tuple[int, ...], shape: tuple[int, ...]) -
     if not core.pending:
         return None
     return core.pending[0][0].any(axis=axes).reshape(shape)
-
-
-def row_poison(core: Core, partitions: int) -> Any:
-    """Per-partition poison of everything read since the last store, for fused reductions."""
-    if not core.pending:
-        return None
-    total = np.zeros(partitions, bool)
-    for mask, _ in core.pending:
-        total |= mask.reshape(partitions, -1).any(axis=1) if mask.shape[0] == partitions else bool(mask.any())
-    return total
-
-
-def accumulate_rows(core: Core, what: str, op: Op, rows: np.ndarray, command: Any, init: Any = None) -> np.ndarray:
-    """Fold per-partition results into the VectorE accumulators under `command`; returns their values."""
-    acc = core.vector_accumulators
-    p = rows.shape[0]
-    command = member(what, "reduce_cmd", reduce_cmd, command)
-    if command is reduce_cmd.idle:
-        acc.valid = False
-        core.machine.ambiguous(f"{what}: reduce_cmd: idle leaves the accumulators undefined; use reset_reduce")
-        return np.full(p, np.nan, np.float32)
-    if command is reduce_cmd.reset_reduce:
-        acc.values[:] = np.float32(op.identity if op.identity is not None else 0.0)
-    elif command is reduce_cmd.load_reduce:
-        if init is None:
-            raise law_error(what, "reduce_init", "load_reduce needs a value or a [P, 1] tile")
-        value = law.per_partition(core, what, "reduce_init", init, p)
-        acc.values[:p] = core.load_fp32(value).reshape(-1) if isinstance(value, NkiTensor) else np.float32(value)
-    elif command is not reduce_cmd.reduce:
-        raise law_error(what, "reduce_cmd", f"{command} not supported")
-    elif not acc.valid:
-        raise law_error(what, "reduce_cmd", "reduce without a reset_reduce before it")
-    acc.valid = True
-    with np.errstate(**ERRSTATE):
-        acc.values[:p] = op.fn(acc.values[:p], rows)
-    return acc.values[:p].copy()
-
-
-def tensor_scalar_reduce(
-    dst: NkiTensor,
-    data: NkiTensor,
-    op0: Any,
-    operand0: Any,
-    reduce_op: Any,
-    reduce_res: Any = None,
-    reverse0: bool = False,
-    reduce_cmd: Any = reduce_cmd.reset_reduce,
-    reduce_init: Any = None,
-    reduce_res_negate: bool = False,
-    name: str | None = None,
-) -> Instruction:
-    """dst = data <op0> operand0, and its reduction over all free axes into reduce_res [P, 1]."""
-    core = current()
-    what = "tensor_scalar_reduce"
-    first, reducer = ops.resolve(op0, what, "op0"), ops.resolve(reduce_op, what, "reduce_op")
-    if reducer.name not in ("add", "multiply", "maximum", "minimum"):
-        raise law_error(what, "reduce_op", f"{reducer!r}, need add, multiply, maximum or minimum")
-    if reverse0:
-        raise law_error(what, "reverse0", "not supported yet")
-    dst = law.tile(core, what, "dst", dst)
-    data = law.tile(core, what, "data", data)
-    law.writable(what, "dst", dst)
-    law.same_shape(what, dst, data=data)
-    law.overlap(what, dst, "data", data)
-    scalar = _scalar_operand(core, what, "operand0", first, operand0, data.shape[0])
-    x = _arith(core, what, "data", data)
-    with np.errstate(**ERRSTATE):
-        x = apply_scalar_op(core, what, x, first, scalar, False, "op0")
-        rows = ops.reduce_free(reducer, x.reshape(x.shape[0], -1), (1,))
-    poison = row_poison(core, dst.shape[0])
-    core.store_fp32(dst, x)
-    values = accumulate_rows(core, what, reducer, rows, reduce_cmd, reduce_init)
-    writes = store_reduction(core, what, dst, reduce_res, -values if reduce_res_negate else values, poison)
-    reads = (data, *((scalar,) if isinstance(scalar, NkiTensor) else ()))
-    return core.record(what, "vector", writes, reads, name, alu=first.name)
-
-
-def store_reduction(
-    core: Core, what: str, dst: NkiTensor, reduce_res: Any, values: np.ndarray, poison: Any
-) -> tuple[NkiTensor, ...]:
-    """Write the accumulators to reduce_res [P, 1] if given; returns the tiles written."""
-    if reduce_res is None:
-        return (dst,)
-    res = law.tile(core, what, "reduce_res", reduce_res)
-    if res.shape[0] != dst.shape[0] or res.free_size != 1:
-        raise law_error(what, "reduce_res", f"{res.shape}, need [{dst.shape[0]}, 1]")
-    core.pending.clear()
-    core.store_fp32(res, values, None if poison is None else poison.reshape(res.shape))
-    return (dst, res)
