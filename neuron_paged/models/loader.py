@@ -13,8 +13,14 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from neuron_paged.errors import CheckpointError, ConfigError, ModelNotFoundError, UnsupportedModelError
-from neuron_paged.models.config import ModelConfig, as_token_ids
+from neuron_paged.errors import (
+    CheckpointError,
+    ConfigError,
+    ModelNotFoundError,
+    NeuronPagedError,
+    UnsupportedModelError,
+)
+from neuron_paged.models.config import ModelConfig, as_token_ids, check_sizes, first_line
 from neuron_paged.models.gguf_file import GGUFFile
 from neuron_paged.models.gguf_weights import GGUFSource, gguf_config
 from neuron_paged.models.llama import LlamaModel
@@ -87,7 +93,7 @@ def _from_hub(name: str) -> Path:
         raise
     except Exception as error:  # huggingface_hub lets errors of several HTTP libraries through
         raise ModelNotFoundError(
-            f"model: {name!r} is no folder here and can't be fetched from the Hugging Face hub: {_first_line(error)}"
+            f"model: {name!r} is no folder here and can't be fetched from the Hugging Face hub: {first_line(error)}"
         ) from error
 
 
@@ -148,7 +154,7 @@ def _load_gguf(path: Path, dtype: torch.dtype, progress: bool, max_positions: in
 
 
 def _hf_config(folder: Path) -> "PretrainedConfig":
-    """transformers' config, after our own look at the architecture: its message on unknown ones is a page long."""
+    """transformers' config, after our own look at architecture (its message on unknown ones is a page long) and sizes."""
     from transformers import AutoConfig, PretrainedConfig
 
     if not (folder / "config.json").is_file():
@@ -156,16 +162,12 @@ def _hf_config(folder: Path) -> "PretrainedConfig":
     try:
         raw, _ = PretrainedConfig.get_config_dict(folder)
         find_family(raw.get("architectures"), raw.get("model_type"))
+        check_sizes(raw)
         return AutoConfig.from_pretrained(folder)
-    except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"{folder}: {error}") from error
+    except NeuronPagedError as error:
+        raise type(error)(f"{folder}: {error}") from error
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and validation errors of its own
-        raise CheckpointError(f"{folder}/config.json can't be read: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    """Other libraries' messages run over many lines; ours are one."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{folder}/config.json can't be read: {first_line(error)}") from error
 
 
 def _generation_eos(folder: Path) -> tuple[int, ...]:
@@ -188,7 +190,7 @@ def _tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # tokenizers raises plain Exception on a damaged file
-        raise CheckpointError(f"{folder}: the tokenizer can't be read: {_first_line(error)}") from error
+        raise CheckpointError(f"{folder}: the tokenizer can't be read: {first_line(error)}") from error
 
 
 def _gguf_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
@@ -198,4 +200,4 @@ def _gguf_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
     try:
         return PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:
-        raise CheckpointError(f"{path}: the tokenizer can't be read: {_first_line(error)}") from error
+        raise CheckpointError(f"{path}: the tokenizer can't be read: {first_line(error)}") from error
