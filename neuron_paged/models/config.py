@@ -123,7 +123,7 @@ class ModelConfig:
                 )
         for window in self.sliding_windows:
             if not (_is_int(window) and 0 <= window <= _MAX_INT32):
-                raise CheckpointError(f"model config: sliding_window is {window!r}, need 0 (off) or a number of tokens.")
+                raise CheckpointError(f"model config: sliding_window is {window!r}, need 0 (off) or a token count.")
         for token_id in self.eos_token_ids:
             if not (_is_int(token_id) and 0 <= token_id < self.vocab_size):
                 raise CheckpointError(

@@ -34,6 +34,8 @@ _CONFIG_KEYS = {
     "num_attention_heads": "attention.head_count",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
 }
+# A chat model's turn may end with another token than its text: llama.cpp stops at each of these.
+_END_TOKENS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = {
     "attn_norm": "input_layernorm",
@@ -104,8 +106,9 @@ def gguf_config(file: GGUFFile) -> "PretrainedConfig":
     fields["vocab_size"] = file.tensors["token_embd.weight"].shape[0]
     _check_sizes(path, fields)
     fields["tie_word_embeddings"] = "output.weight" not in file.tensors
-    for token in ("bos", "eos"):
-        fields[f"{token}_token_id"] = values.get(f"tokenizer.ggml.{token}_token_id")
+    fields["bos_token_id"] = values.get("tokenizer.ggml.bos_token_id")
+    ends = list(dict.fromkeys(values[key] for key in _END_TOKENS if key in values))
+    fields["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)  # as transformers writes one or several
     fields["pad_token_id"] = values.get("tokenizer.ggml.padding_token_id")
     try:
         return AutoConfig.for_model(family.model_type, **fields)

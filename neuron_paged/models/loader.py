@@ -154,7 +154,7 @@ def _load_gguf(path: Path, dtype: torch.dtype, progress: bool, max_positions: in
 
 
 def _hf_config(folder: Path) -> "PretrainedConfig":
-    """transformers' config, after our own look at architecture (its message on unknown ones is a page long) and sizes."""
+    """transformers' config, after our own look at architecture and sizes; its message on unknown ones fills a page."""
     from transformers import AutoConfig, PretrainedConfig
 
     if not (folder / "config.json").is_file():

@@ -95,7 +95,10 @@ def test_unsupported_layer_type() -> None:
             {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": -4},
             "sliding_window is -4",
         ),
-        ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_hidden_layers": 10**9}, "num_hidden_layers"),
+        (
+            {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_hidden_layers": 10**9},
+            "num_hidden_layers",
+        ),
     ],
 )
 def test_impossible_config(tmp_path: Path, changes: dict, message: str) -> None:
