@@ -29,7 +29,8 @@ class CacheConfig:
     kv_cache_memory_bytes: memory of all layers together; None takes a quarter of what is free, at most what
         max_num_seqs sequences of max_model_len tokens could use.
     num_swap_blocks: host blocks that preempted sequences are swapped to; 0 preempts by recompute.
-    kv_cache_dtype: "auto" is the model's.
+    kv_cache_dtype: "auto" is the model's. "fp8" (e4m3) scales K and V per layer and head, by the checkpoint's k_scale
+        and v_scale if it has them, else by a calibration at start (models.kv_scales).
     enable_prefix_caching: reuse the full blocks of equal prefixes.
     """
 

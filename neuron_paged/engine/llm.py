@@ -64,8 +64,8 @@ class LLM:
             cache_config, scheduler_config, block_bytes(loaded.model, cache_config), available_memory_bytes()
         )
         config = EngineConfig(replace(cache_config, num_blocks=num_blocks), scheduler_config)
-        runner = ModelRunner(loaded.model, config.cache)
         with _note_if_slow("Compiling the CPU kernels, once on this machine ...", progress):
+            runner = ModelRunner(loaded.model, config.cache)
             runner.warm_up()
         self.engine = LLMEngine(
             config,

@@ -215,12 +215,22 @@ def as_token_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
 
 
+def _is_kv_cache_only(quantization: object) -> bool:
+    """Whether a quantization_config leaves the weights alone and only adds scales for an fp8 KV cache."""
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "compressed-tensors":
+        return False
+    scheme = quantization.get("kv_cache_scheme")
+    if quantization.get("config_groups") or not isinstance(scheme, dict):
+        return False
+    return (scheme.get("type"), scheme.get("num_bits"), scheme.get("symmetric", True)) == ("float", 8, True)
+
+
 def _decoder(hf: "PretrainedConfig", architecture: str, **parts: Any) -> ModelConfig:
     """The fields all families share; `parts` are the family's own."""
     if hf.hidden_act not in ("silu", "swish"):
         raise _unsupported(hf, "hidden_act", hf.hidden_act, "silu")
-    if getattr(hf, "quantization_config", None) is not None:
-        method = hf.quantization_config
+    method = getattr(hf, "quantization_config", None)
+    if method is not None and not _is_kv_cache_only(method):
         method = method.get("quant_method", method) if isinstance(method, dict) else method
         raise _unsupported(hf, "quantization_config", method, "plain fp32, fp16 or bf16 weights, or a GGUF file")
     heads = hf.num_attention_heads

@@ -25,6 +25,7 @@ from neuron_paged.memory import available_memory_bytes, size_text
 from neuron_paged.models.config import ModelConfig, as_token_ids, check_sizes, first_line
 from neuron_paged.models.gguf_file import GGUFFile
 from neuron_paged.models.gguf_weights import GGUFSource, gguf_config
+from neuron_paged.models.kv_scales import load_kv_scales
 from neuron_paged.models.llama import LlamaModel
 from neuron_paged.models.prepare_cpu import peak_memory_bytes, prepare_for_cpu
 from neuron_paged.models.registry import Family, find_family, normalise_config
@@ -186,6 +187,7 @@ def _build_model(
     check_memory(peak_memory_bytes(outline, options.packed_dtype), available_memory_bytes())
     model = family.model_class(config, dtype=options.dtype, max_positions=max_model_len)
     load_weights(model, source, progress=options.progress)
+    load_kv_scales(model, source)
     if options.packed_dtype is not None:
         prepare_for_cpu(model, weight_dtype=options.packed_dtype)
     return model
