@@ -6,12 +6,18 @@ from typing import Literal
 
 from neuron_paged.errors import ConfigError
 
+# Without a max_model_len of the caller's own, so long a context is set aside for: models allow up to a million tokens,
+# whose rotary table and cache nobody asked for.
+DEFAULT_MAX_MODEL_LEN = 8192
+# Each running sequence has a row in the engine's tables, set aside at the start.
+MAX_NUM_SEQS_LIMIT = 2**16
 KV_CACHE_DTYPES = ("auto", "fp32", "bf16", "fp16", "fp8")
 
 
-def _need_int(owner: str, name: str, value: object, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ConfigError(f"{owner}.{name}: got {value!r}, need an integer >= {low}.")
+def _need_int(owner: str, name: str, value: object, low: int, high: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        need = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
+        raise ConfigError(f"{owner}.{name}: got {value!r}, need {need}.")
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,8 @@ class CacheConfig:
     kv_cache_memory_bytes: memory of all layers together; None takes a quarter of what is free, at most what
         max_num_seqs sequences of max_model_len tokens could use.
     num_swap_blocks: host blocks that preempted sequences are swapped to; 0 preempts by recompute.
-    kv_cache_dtype: "auto" is the model's.
+    kv_cache_dtype: "auto" is the model's. "fp8" (e4m3) scales K and V per layer and head, by the checkpoint's k_scale
+        and v_scale if it has them, else by a calibration at start (models.kv_scales).
     enable_prefix_caching: reuse the full blocks of equal prefixes.
     """
 
@@ -51,7 +58,7 @@ class CacheConfig:
 class SchedulerConfig:
     """Limits of one step (vLLM's names).
 
-    max_num_seqs: sequences running at once.
+    max_num_seqs: sequences running at once, at most MAX_NUM_SEQS_LIMIT.
     max_num_batched_tokens: tokens computed per step over all sequences; longer prompts are prefilled in chunks.
     max_model_len: prompt plus output tokens of one sequence.
     preemption: what happens to a running sequence when blocks run out; "swap" needs CacheConfig.num_swap_blocks
@@ -66,7 +73,7 @@ class SchedulerConfig:
     policy: Literal["fcfs", "priority"] = "fcfs"
 
     def __post_init__(self) -> None:
-        _need_int("SchedulerConfig", "max_num_seqs", self.max_num_seqs, 1)
+        _need_int("SchedulerConfig", "max_num_seqs", self.max_num_seqs, 1, MAX_NUM_SEQS_LIMIT)
         _need_int("SchedulerConfig", "max_num_batched_tokens", self.max_num_batched_tokens, 1)
         _need_int("SchedulerConfig", "max_model_len", self.max_model_len, 2)
         for name, allowed in (

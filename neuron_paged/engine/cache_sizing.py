@@ -1,37 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many KV blocks an engine gets when nobody says: from the machine's free memory, capped at what can be used."""
 
-import os
-from pathlib import Path
-
 from neuron_paged.config import CacheConfig, SchedulerConfig
 from neuron_paged.errors import ConfigError
+from neuron_paged.memory import size_text
 
 # Share of the free memory taken when no amount is given: the rest is for activations, other processes and page cache.
 DEFAULT_MEMORY_SHARE = 0.25
-_CGROUP = Path("/sys/fs/cgroup")
-
-
-def available_memory_bytes() -> int:
-    """Memory this process can still take: the kernel's MemAvailable, or what a control group (container) leaves."""
-    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                available = int(line.split()[1]) * 1024
-    except OSError:  # not Linux: physical memory is all there is to go by
-        pass
-    for limit_name, used_name in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            limit, used = ((_CGROUP / name).read_text().strip() for name in (limit_name, used_name))
-        except OSError:
-            continue
-        if limit.isdecimal() and used.isdecimal():
-            available = min(available, int(limit) - int(used))
-    return max(available, 0)
 
 
 def choose_num_blocks(
@@ -50,15 +25,15 @@ def choose_num_blocks(
         if need > available_bytes:
             raise ConfigError(
                 f"CacheConfig.num_blocks: got {cache.num_blocks} (and {cache.num_swap_blocks} swap blocks), which take "
-                f"{_size(need)}, need at most the {_size(available_bytes)} of memory that is free; lower it."
+                f"{size_text(need)}, need at most the {size_text(available_bytes)} of memory that is free; lower it."
             )
         return cache.num_blocks
     if cache.kv_cache_memory_bytes is not None:
         memory = cache.kv_cache_memory_bytes
         if memory + swap_bytes > available_bytes:
             raise ConfigError(
-                f"CacheConfig.kv_cache_memory_bytes: got {_size(memory)} (and {_size(swap_bytes)} of swap blocks), "
-                f"need at most the {_size(available_bytes)} of memory that is free; lower it."
+                f"CacheConfig.kv_cache_memory_bytes: got {size_text(memory)} (and {size_text(swap_bytes)} of swap "
+                f"blocks), need at most the {size_text(available_bytes)} of memory that is free; lower it."
             )
         source = "kv_cache_memory_bytes"
     else:
@@ -67,12 +42,8 @@ def choose_num_blocks(
     num_blocks = min(memory // block_bytes, scheduler.max_num_seqs * blocks_per_sequence + 1)
     if num_blocks < blocks_per_sequence + 1:
         raise ConfigError(
-            f"kv_cache_memory_bytes: got {_size(memory)} ({source}), too little for one sequence of max_model_len = "
-            f"{scheduler.max_model_len} tokens, which needs {_size((blocks_per_sequence + 1) * block_bytes)}; lower "
-            "max_model_len or give more memory."
+            f"kv_cache_memory_bytes: got {size_text(memory)} ({source}), too little for one sequence of max_model_len "
+            f"= {scheduler.max_model_len} tokens, which needs {size_text((blocks_per_sequence + 1) * block_bytes)}; "
+            "lower max_model_len or give more memory."
         )
     return num_blocks
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"

@@ -11,19 +11,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from neuron_paged.config import CacheConfig, EngineConfig, SchedulerConfig
-from neuron_paged.engine.cache_sizing import available_memory_bytes, choose_num_blocks
+from neuron_paged.engine.cache_sizing import choose_num_blocks
 from neuron_paged.engine.llm_engine import LLMEngine
 from neuron_paged.engine.outbox import Outbox
 from neuron_paged.engine.outputs import RequestOutput
 from neuron_paged.engine.prompts import Prompt, TokensPrompt, is_single_prompt
 from neuron_paged.engine.sampling import RequestOutputKind, SamplingParams
 from neuron_paged.errors import ConfigError, InvalidRequestError, StepError
+from neuron_paged.memory import available_memory_bytes
 
 _CACHE_SETTINGS = {f.name for f in fields(CacheConfig)}
 _SCHEDULER_SETTINGS = {f.name for f in fields(SchedulerConfig)}
-# Without a max_model_len of the caller's own, so long a context is set aside for: models allow up to a million tokens,
-# whose rotary table and cache nobody asked for.
-DEFAULT_MAX_MODEL_LEN = 8192
 
 Message = Mapping[str, Any]
 
@@ -35,8 +33,8 @@ class LLM:
     dtype: of activations and KV cache, "auto" | "fp32" | "bf16" | "fp16"; "auto" is fp32. weight_dtype: what the linear
     layers' weights are stored in, "auto" is dtype; "bf16" decodes few sequences faster, their products stay in fp32.
     seed: of the generator that gives requests without a seed theirs. engine_settings: any field of CacheConfig and
-    SchedulerConfig; max_model_len defaults to what the model allows, at most DEFAULT_MAX_MODEL_LEN; num_blocks to a
-    quarter of the free memory.
+    SchedulerConfig; max_model_len defaults to what the model allows, at most config.DEFAULT_MAX_MODEL_LEN; num_blocks
+    to a quarter of the free memory.
     Raises ModelNotFoundError, UnsupportedModelError, CheckpointError, ConfigError.
     """
 
@@ -59,16 +57,16 @@ class LLM:
             dtype=dtype,
             weight_dtype=weight_dtype,
             progress=progress,
-            max_positions=scheduler.get("max_model_len", DEFAULT_MAX_MODEL_LEN),
+            max_model_len=scheduler.get("max_model_len"),
         )
-        scheduler_config = _fit_model_len(scheduler, loaded.config.max_position_embeddings)
+        scheduler_config = SchedulerConfig(**(scheduler | {"max_model_len": loaded.max_model_len}))
         cache_config = CacheConfig(**cache)
         num_blocks = choose_num_blocks(
             cache_config, scheduler_config, block_bytes(loaded.model, cache_config), available_memory_bytes()
         )
         config = EngineConfig(replace(cache_config, num_blocks=num_blocks), scheduler_config)
-        runner = ModelRunner(loaded.model, config.cache)
         with _note_if_slow("Compiling the CPU kernels, once on this machine ...", progress):
+            runner = ModelRunner(loaded.model, config.cache)
             runner.warm_up()
         self.engine = LLMEngine(
             config,
@@ -283,17 +281,6 @@ def _split_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
     scheduler = {name: value for name, value in settings.items() if name in _SCHEDULER_SETTINGS}
     EngineConfig(CacheConfig(**cache), SchedulerConfig(**scheduler))  # wrong values show before a model is loaded
     return cache, scheduler
-
-
-def _fit_model_len(settings: dict[str, Any], model_limit: int) -> SchedulerConfig:
-    if "max_model_len" not in settings:
-        return SchedulerConfig(**settings, max_model_len=min(model_limit, DEFAULT_MAX_MODEL_LEN))
-    if settings["max_model_len"] > model_limit:
-        raise ConfigError(
-            f"SchedulerConfig.max_model_len: got {settings['max_model_len']}, need at most {model_limit} "
-            "(max_position_embeddings of the model)."
-        )
-    return SchedulerConfig(**settings)
 
 
 def _as_list(name: str, values: Any) -> Sequence[Any]:

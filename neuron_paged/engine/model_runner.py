@@ -16,6 +16,7 @@ from neuron_paged.engine.sampling_state import SamplingState
 from neuron_paged.engine.sampling_tensors import build_sampling_tensors
 from neuron_paged.errors import ConfigError
 from neuron_paged.models.inputs import AttentionInputs
+from neuron_paged.models.kv_scales import calibrate_kv_scales, has_kv_scales
 from neuron_paged.models.sampler import Logprobs
 from neuron_paged.models.step import ModelStep, PromptLogprobTensors
 from nki_kernels.layout import KVCacheLayout
@@ -50,12 +51,14 @@ class ModelRunner:
     """Runs batches on the model's device.
 
     config: num_blocks set. The caches start zeroed: dead slots of live blocks are multiplied by zero, which NaN
-    survives.
+    survives. For fp8 caches a model without scales is calibrated (models.kv_scales).
     """
 
     def __init__(self, model: "LlamaModel", config: CacheConfig) -> None:
         if config.num_blocks is None:
             raise ConfigError("CacheConfig.num_blocks: got None, need a number of blocks; size the cache first.")
+        if kv_cache_dtype(config, model.dtype) == torch.float8_e4m3fn and not has_kv_scales(model):
+            calibrate_kv_scales(model)
         self.model = model
         self._step = ModelStep(model)
         layout, dtype = _layout(model, config), kv_cache_dtype(config, model.dtype)

@@ -17,6 +17,11 @@ _MAX_SEED = 2**64 - 1
 # OpenAI's documented limits, which clients rely on.
 _PENALTY_RANGE = (-2.0, 2.0)
 _LOGIT_BIAS_RANGE = (-100.0, 100.0)
+# Sampling computes in float32: its normal numbers.
+_FLOAT32_RANGE = (2.0**-126, (2 - 2.0**-23) * 2.0**127)
+# Longest decimal token id in a JSON key that is worth reading.
+_MAX_ID_DIGITS = 20
+_MAX_SHOWN = 100  # characters of a refused value in the message
 # Below this a temperature means greedy, as in vLLM: (logit - max) / temperature leaves nothing but the maximum.
 _GREEDY_TEMPERATURE = 1e-5
 
@@ -138,9 +143,12 @@ class SamplingParams:
         for name in ("presence_penalty", "frequency_penalty"):
             low, high = _PENALTY_RANGE
             _check_float(name, getattr(self, name), low, high, f"a number in [{low:g}, {high:g}]")
-        _check_float("repetition_penalty", self.repetition_penalty, 0.0, math.inf, "a finite number > 0", open_low=True)
-        _check_float("temperature", self.temperature, 0.0, math.inf, "a finite number >= 0 (0 is greedy)")
-        _check_float("top_p", self.top_p, 0.0, 1.0, "a number in (0, 1]", open_low=True)
+        smallest, largest = _FLOAT32_RANGE
+        need = "a number > 0 within the range of float32"
+        _check_float("repetition_penalty", self.repetition_penalty, smallest, largest, need)
+        need = "a number >= 0 (0 is greedy) within the range of float32"
+        _check_float("temperature", self.temperature, 0.0, largest, need)
+        _check_float("top_p", self.top_p, smallest, 1.0, "a number in (0, 1]")
         _check_float("min_p", self.min_p, 0.0, 1.0, "a number in [0, 1]")
         _check_int("top_k", self.top_k, -1)
 
@@ -170,7 +178,8 @@ class SamplingParams:
         checked: dict[int, float] = {}
         for key, bias in self.logit_bias.items():
             # JSON object keys are strings.
-            token_id = int(key) if isinstance(key, str) and key.isdecimal() else key
+            is_number = isinstance(key, str) and key.isdecimal() and len(key) <= _MAX_ID_DIGITS
+            token_id = int(key) if is_number else key
             if not _is_int(token_id) or token_id < 0 or not _is_number(bias) or not low <= bias <= high:
                 raise _bad("logit_bias", {key: bias}, need)
             checked[token_id] = float(bias)
@@ -191,7 +200,13 @@ class SamplingParams:
 
 
 def _bad(name: str, got: Any, need: str) -> InvalidSamplingParamsError:
-    return InvalidSamplingParamsError(f"SamplingParams.{name}: got {got!r}, need {need}.")
+    try:
+        shown = repr(got)
+    except ValueError:  # an integer of more digits than Python prints
+        shown = f"a very long {type(got).__name__}"
+    if len(shown) > _MAX_SHOWN:
+        shown = shown[:_MAX_SHOWN] + "…"
+    return InvalidSamplingParamsError(f"SamplingParams.{name}: got {shown}, need {need}.")
 
 
 def _is_int(value: Any) -> bool:
@@ -199,7 +214,12 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer or fraction beyond float
+        return False
 
 
 def _check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
@@ -208,6 +228,6 @@ def _check_int(name: str, value: Any, low: int, high: int | None = None) -> None
         raise _bad(name, value, need)
 
 
-def _check_float(name: str, value: Any, low: float, high: float, need: str, *, open_low: bool = False) -> None:
-    if not _is_number(value) or not low <= value <= high or (open_low and value == low):
+def _check_float(name: str, value: Any, low: float, high: float, need: str) -> None:
+    if not _is_number(value) or not low <= value <= high:
         raise _bad(name, value, need)

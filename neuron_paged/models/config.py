@@ -5,9 +5,9 @@ Owns the normalisers, one per family, and the refusal of settings nobody impleme
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from neuron_paged.errors import CheckpointError, UnsupportedModelError
 
@@ -15,6 +15,39 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# Largest sizes taken for real, by transformers' names. Token ids, positions and windows are int32; the others are far
+# above any model there is and keep the size of every tensor within 64 bits.
+_MAX_INT32 = 2**31 - 1
+_SIZE_LIMITS = {
+    "num_hidden_layers": 2**12,
+    "hidden_size": 2**24,
+    "intermediate_size": 2**24,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "head_dim": 2**12,
+    "vocab_size": _MAX_INT32,
+    "max_position_embeddings": _MAX_INT32,
+}
+
+
+def check_sizes(values: Mapping[str, object]) -> None:
+    """CheckpointError unless the sizes among transformers' config fields are integers that a model can have.
+
+    For values nobody has looked at: a damaged size must not reach code that makes a list or a tensor of it.
+    """
+    for name, limit in _SIZE_LIMITS.items():
+        value = values.get(name)
+        if value is not None and not (_is_int(value) and 1 <= value <= limit):
+            raise CheckpointError(f"model config: {name} is {value!r}, need an integer in [1, {limit}].")
+
+
+def _is_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def first_line(error: Exception) -> str:
+    """Other libraries' messages run over many lines; ours are one."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @dataclass(frozen=True)
@@ -27,6 +60,14 @@ class RopeConfig:
     rope_type: str
     inv_freq: tuple[float, ...]
     attention_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        for value in (*self.inv_freq, self.attention_factor):
+            if not (math.isfinite(value) and value > 0):
+                raise CheckpointError(
+                    f"model config: the {self.rope_type} rotary embedding has a frequency or attention factor of "
+                    f"{value}, need positive finite numbers; see rope_theta and the rope scaling's factors."
+                )
 
     @property
     def rot_dim(self) -> int:
@@ -67,11 +108,9 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim",
-                     "vocab_size", "max_position_embeddings"):  # fmt: skip
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise CheckpointError(f"model config: {name} is {value!r}, need a positive integer.")
+        ours = {"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"}
+        ours["num_key_value_heads"] = "num_kv_heads"
+        check_sizes({name: getattr(self, ours.get(name, name)) for name in _SIZE_LIMITS})
         if self.num_heads % self.num_kv_heads:
             raise CheckpointError(
                 f"model config: num_attention_heads = {self.num_heads} is no multiple of "
@@ -81,6 +120,14 @@ class ModelConfig:
             if len(getattr(self, name)) != self.num_layers:
                 raise CheckpointError(
                     f"model config: {len(getattr(self, name))} entries in {name} for {self.num_layers} layers."
+                )
+        for window in self.sliding_windows:
+            if not (_is_int(window) and 0 <= window <= _MAX_INT32):
+                raise CheckpointError(f"model config: sliding_window is {window!r}, need 0 (off) or a token count.")
+        for token_id in self.eos_token_ids:
+            if not (_is_int(token_id) and 0 <= token_id < self.vocab_size):
+                raise CheckpointError(
+                    f"model config: eos_token_id is {token_id!r}, need a token id below vocab_size = {self.vocab_size}."
                 )
 
     @property
@@ -132,10 +179,16 @@ def rope_config(hf: "PretrainedConfig", head_dim: int) -> RopeConfig:
     if head_dim % 2:
         raise _unsupported(hf, "head_dim", head_dim, "an even number for rotary embeddings")
     if rope_type == "default":
+        theta = parameters["rope_theta"]
+        if not isinstance(theta, (int, float)) or isinstance(theta, bool) or not 0 < theta < math.inf:
+            raise CheckpointError(f"model config: rope_theta is {theta!r}, need a positive finite number.")
         exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        inv_freq, factor = 1.0 / (parameters["rope_theta"] ** exponent), 1.0
-    else:
-        inv_freq, factor = ROPE_INIT_FUNCTIONS[rope_type](hf, torch.device("cpu"))
+        inv_freq, factor = 1.0 / (theta**exponent), 1.0
+    else:  # transformers takes missing and wrong values as they come
+        try:
+            inv_freq, factor = ROPE_INIT_FUNCTIONS[rope_type](hf, torch.device("cpu"))
+        except Exception as error:
+            raise CheckpointError(f"model config: rope parameters {parameters} can't be used: {error}.") from error
     return RopeConfig(rope_type, tuple(inv_freq.tolist()), float(factor))
 
 
@@ -162,12 +215,22 @@ def as_token_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
 
 
+def _is_kv_cache_only(quantization: object) -> bool:
+    """Whether a quantization_config leaves the weights alone and only adds scales for an fp8 KV cache."""
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "compressed-tensors":
+        return False
+    scheme = quantization.get("kv_cache_scheme")
+    if quantization.get("config_groups") or not isinstance(scheme, dict):
+        return False
+    return (scheme.get("type"), scheme.get("num_bits"), scheme.get("symmetric", True)) == ("float", 8, True)
+
+
 def _decoder(hf: "PretrainedConfig", architecture: str, **parts: Any) -> ModelConfig:
     """The fields all families share; `parts` are the family's own."""
     if hf.hidden_act not in ("silu", "swish"):
         raise _unsupported(hf, "hidden_act", hf.hidden_act, "silu")
-    if getattr(hf, "quantization_config", None) is not None:
-        method = hf.quantization_config
+    method = getattr(hf, "quantization_config", None)
+    if method is not None and not _is_kv_cache_only(method):
         method = method.get("quant_method", method) if isinstance(method, dict) else method
         raise _unsupported(hf, "quantization_config", method, "plain fp32, fp16 or bf16 weights, or a GGUF file")
     heads = hf.num_attention_heads

@@ -5,6 +5,7 @@ Own code because start-up time counts: gguf.GGUFReader makes a numpy view of eac
 the demo model [measured on CPU], this takes 0.1 s. Sizes of quantised blocks and dequantisation are the package's.
 """
 
+import math
 import mmap
 import struct
 from collections.abc import Iterator
@@ -69,7 +70,7 @@ class GGUFFile:
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         try:
             self._parse()
-        except (struct.error, ValueError, KeyError, IndexError, OverflowError, MemoryError) as error:
+        except (struct.error, ValueError, KeyError, IndexError, OverflowError, MemoryError, RecursionError) as error:
             if isinstance(error, (CheckpointError, UnsupportedModelError)):
                 raise
             raise CheckpointError(f"{path}: truncated or damaged GGUF file ({error}); fetch it again.") from error
@@ -92,22 +93,27 @@ class GGUFFile:
             (num_axes,) = self._unpack("I")
             infos.append((name, self._unpack(f"{num_axes}Q")[::-1], *self._unpack("IQ")))
         alignment = self.metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+        if isinstance(alignment, bool) or not isinstance(alignment, int) or alignment < 1:
+            raise CheckpointError(f"{self.path}: general.alignment is {alignment!r}, need a positive integer.")
         start = -(-self._at // alignment) * alignment
         self.tensors = {tensor.name: tensor for tensor in self._map_tensors(infos, start)}
 
     def _map_tensors(self, infos: list[Any], start: int) -> Iterator[GGUFTensor]:
         import numpy as np
 
+        size = len(self._bytes)
         for name, shape, kind, offset in infos:
             if kind not in self._block_sizes:
                 raise UnsupportedModelError(f"{self.path}: {name} has GGUF type {kind}, unknown to the package gguf.")
             block_elements, block_bytes = self._block_sizes[kind]
+            if shape[-1] % block_elements:
+                raise ValueError(f"{name} has rows of {shape[-1]} elements, no multiple of {block_elements}")
             row_bytes = shape[-1] // block_elements * block_bytes
-            rows = int(np.prod(shape[:-1], dtype=np.int64))
-            if start + offset + rows * row_bytes > len(self._bytes):
+            rows = math.prod(shape[:-1])
+            if start + offset + rows * row_bytes > size:
                 raise CheckpointError(
-                    f"{self.path}: truncated, {name} ends at byte {start + offset + rows * row_bytes} of "
-                    f"{len(self._bytes)}; fetch it again."
+                    f"{self.path}: truncated, {name} ends at byte {start + offset + rows * row_bytes} of {size}; fetch "
+                    "it again."
                 )
             data = np.frombuffer(self._bytes, np.uint8, rows * row_bytes, start + offset).reshape(rows, row_bytes)
             yield GGUFTensor(name, shape, kind, data)

@@ -7,13 +7,14 @@ transformers itself reads GGUF configs in 6 s and tensors only with `accelerate`
 import re
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from neuron_paged.errors import CheckpointError, UnsupportedModelError
-from neuron_paged.models.config import ModelConfig
+from neuron_paged.models.config import ModelConfig, check_sizes, first_line
 from neuron_paged.models.gguf_file import GGUFFile
 from neuron_paged.models.registry import find_family
 
@@ -33,6 +34,8 @@ _CONFIG_KEYS = {
     "num_attention_heads": "attention.head_count",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
 }
+# A chat model's turn may end with another token than its text: llama.cpp stops at each of these.
+_END_TOKENS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = {
     "attn_norm": "input_layernorm",
@@ -63,7 +66,8 @@ def transformers_name(name: str) -> str:
 def gguf_config(file: GGUFFile) -> "PretrainedConfig":
     """The transformers config a GGUF file describes.
 
-    Raises UnsupportedModelError for an architecture or a part nobody implemented, CheckpointError if a key is missing.
+    Raises UnsupportedModelError for an architecture or a part nobody implemented, CheckpointError if a key is missing
+    or its value is of the wrong kind or out of range.
     """
     from transformers import AutoConfig
 
@@ -73,10 +77,8 @@ def gguf_config(file: GGUFFile) -> "PretrainedConfig":
     sliding_window = values.get(f"{architecture}.attention.sliding_window") or None
     model_type = "mistral" if architecture == "llama" and sliding_window else architecture
     family = find_family(None, model_type)
-    if values.get("split.count", 1) > 1:
-        raise UnsupportedModelError(
-            f"{path}: one of {values['split.count']} files of a split GGUF, need a single file."
-        )
+    if (num_files := values.get("split.count", 1)) not in (0, 1):
+        raise UnsupportedModelError(f"{path}: one of {num_files!r} files of a split GGUF, need a single file.")
 
     fields: dict[str, Any] = {"architectures": [family.architecture]}
     for field, key in _CONFIG_KEYS.items():
@@ -86,6 +88,7 @@ def gguf_config(file: GGUFFile) -> "PretrainedConfig":
     for name in ("token_embd.weight", "blk.0.attn_q.weight"):
         if name not in file.tensors:
             raise CheckpointError(f"{path}: no tensor {name} in the file.")
+    _check_sizes(path, fields)
     heads = fields["num_attention_heads"]
     fields["num_key_value_heads"] = values.get(f"{architecture}.attention.head_count_kv", heads)
     fields["head_dim"] = values.get(f"{architecture}.attention.key_length", fields["hidden_size"] // heads)
@@ -101,11 +104,24 @@ def gguf_config(file: GGUFFile) -> "PretrainedConfig":
     if "blk.0.attn_q.bias" in file.tensors:
         fields["attention_bias"] = True
     fields["vocab_size"] = file.tensors["token_embd.weight"].shape[0]
+    _check_sizes(path, fields)
     fields["tie_word_embeddings"] = "output.weight" not in file.tensors
-    for token in ("bos", "eos"):
-        fields[f"{token}_token_id"] = values.get(f"tokenizer.ggml.{token}_token_id")
+    fields["bos_token_id"] = values.get("tokenizer.ggml.bos_token_id")
+    ends = list(dict.fromkeys(values[key] for key in _END_TOKENS if key in values))
+    fields["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)  # as transformers writes one or several
     fields["pad_token_id"] = values.get("tokenizer.ggml.padding_token_id")
-    return AutoConfig.for_model(family.model_type, **fields)
+    try:
+        return AutoConfig.for_model(family.model_type, **fields)
+    except Exception as error:  # transformers validates kinds and combinations with errors of its own
+        message = f"{path}: not the metadata of a {family.architecture}: {first_line(error)}"
+        raise CheckpointError(message) from error
+
+
+def _check_sizes(path: Path, fields: dict[str, Any]) -> None:
+    try:
+        check_sizes(fields)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def _rope_scaling(file: GGUFFile, architecture: str | None) -> dict[str, Any] | None:
@@ -150,9 +166,10 @@ class GGUFSource:
         if self._rope_factors is None:
             return config
         factors = self._rope_factors.dequantise().tolist()
-        if len(factors) != len(config.rope.inv_freq):
+        if len(factors) != len(config.rope.inv_freq) or not all(factor > 0 for factor in factors):
             raise CheckpointError(
-                f"{self.location}: {_ROPE_FACTORS} has {len(factors)} entries, need {len(config.rope.inv_freq)}."
+                f"{self.location}: {_ROPE_FACTORS} has {len(factors)} entries, the least {min(factors)}, need "
+                f"{len(config.rope.inv_freq)} positive ones."
             )
         inv_freq = tuple(f / factor for f, factor in zip(config.rope.inv_freq, factors, strict=True))
         return replace(config, rope=replace(config.rope, rope_type="llama3", inv_freq=inv_freq))

@@ -67,7 +67,13 @@ class RotaryEmbedding(nn.Module):
 
 
 class PagedAttention(nn.Module):
-    """Self-attention of one layer over its paged KV cache; q, k and v come from one fused projection."""
+    """Self-attention of one layer over its paged KV cache; q, k and v come from one fused projection.
+
+    k_scale, v_scale: buffers [K] fp32 that an fp8 cache's entries are multiplied by (see kv_scales); None = 1.
+    """
+
+    k_scale: Tensor | None
+    v_scale: Tensor | None
 
     def __init__(self, config: ModelConfig, layer: int, *, dtype: torch.dtype, device: Device) -> None:
         super().__init__()
@@ -78,6 +84,8 @@ class PagedAttention(nn.Module):
         qkv_width = width + 2 * self.num_kv_heads * self.head_dim
         self.qkv_proj = Linear(config.hidden_size, qkv_width, config.qkv_bias, dtype=dtype, device=device)
         self.o_proj = Linear(width, config.hidden_size, config.o_bias, dtype=dtype, device=device)
+        self.register_buffer("k_scale", None)
+        self.register_buffer("v_scale", None)
         self.q_norm = self.k_norm = None
         if config.qk_norm:
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps, dtype=dtype, device=device)
@@ -100,7 +108,11 @@ class PagedAttention(nn.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         if self.use_rope:
             query, key = rotary(positions, query, key)
-        torch.ops.neuron_paged.reshape_and_cache(key, value, kv_cache, inputs.slot_mapping)
+        is_fp8 = kv_cache.dtype == torch.float8_e4m3fn  # other caches hold K and V as they are
+        k_scale, v_scale = (self.k_scale, self.v_scale) if is_fp8 else (None, None)
+        torch.ops.neuron_paged.reshape_and_cache(
+            key, value, kv_cache, inputs.slot_mapping, k_scale=k_scale, v_scale=v_scale
+        )
         attended = torch.ops.neuron_paged.attention(
             query,
             kv_cache,
@@ -108,6 +120,8 @@ class PagedAttention(nn.Module):
             inputs.context_lens,
             inputs.cu_seqlens_q,
             sliding_window=self.sliding_window,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
         return self.o_proj(attended.reshape(x.shape[0], heads * self.head_dim), residual)
 

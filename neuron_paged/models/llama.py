@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from neuron_paged.models.config import ModelConfig
 from neuron_paged.models.inputs import AttentionInputs
+from neuron_paged.models.kv_scales import is_kv_scale
 from neuron_paged.models.layers import Device, Embedding, GatedMLP, PagedAttention, RMSNorm, RotaryEmbedding
 from neuron_paged.models.linear import Linear
 
@@ -112,7 +113,8 @@ class LlamaModel(nn.Module):
         return slots
 
     def is_ignorable(self, name: str) -> bool:
-        """Checkpoint tensors that carry nothing: stored rotary frequencies, and a second copy of a tied embedding."""
-        return name.endswith(("rotary_emb.inv_freq", "self_attn.masked_bias")) or (
-            self.config.tie_word_embeddings and name == "lm_head.weight"
-        )
+        """Checkpoint tensors without a slot: stored rotary frequencies, a second copy of a tied embedding, and the
+        scales of an fp8 cache (kv_scales.load_kv_scales)."""
+        if name == "lm_head.weight":
+            return self.config.tie_word_embeddings
+        return name.endswith(("rotary_emb.inv_freq", "self_attn.masked_bias")) or is_kv_scale(name)

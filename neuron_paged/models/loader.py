@@ -13,14 +13,23 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from neuron_paged.errors import CheckpointError, ConfigError, ModelNotFoundError, UnsupportedModelError
-from neuron_paged.models.config import ModelConfig, as_token_ids
+from neuron_paged.config import DEFAULT_MAX_MODEL_LEN
+from neuron_paged.errors import (
+    CheckpointError,
+    ConfigError,
+    ModelNotFoundError,
+    NeuronPagedError,
+    UnsupportedModelError,
+)
+from neuron_paged.memory import available_memory_bytes, size_text
+from neuron_paged.models.config import ModelConfig, as_token_ids, check_sizes, first_line
 from neuron_paged.models.gguf_file import GGUFFile
 from neuron_paged.models.gguf_weights import GGUFSource, gguf_config
+from neuron_paged.models.kv_scales import load_kv_scales
 from neuron_paged.models.llama import LlamaModel
-from neuron_paged.models.prepare_cpu import prepare_for_cpu
-from neuron_paged.models.registry import find_family, normalise_config
-from neuron_paged.models.weights import SafetensorsSource, load_weights
+from neuron_paged.models.prepare_cpu import peak_memory_bytes, prepare_for_cpu
+from neuron_paged.models.registry import Family, find_family, normalise_config
+from neuron_paged.models.weights import SafetensorsSource, TensorSource, check_names, load_weights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -37,12 +46,24 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """model: ready to run. config: ours. tokenizer: None if the checkpoint has none. hf_config: transformers'."""
+    """model: ready to run, for sequences of up to max_model_len tokens. config: ours. tokenizer: None if the checkpoint
+    has none. hf_config: transformers'."""
 
     model: LlamaModel
     config: ModelConfig
     tokenizer: "PreTrainedTokenizerBase | None"
     hf_config: "PretrainedConfig"
+    max_model_len: int
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What load_model was asked for; packed_dtype: of packed linear layers, None = plain torch modules."""
+
+    dtype: torch.dtype
+    packed_dtype: torch.dtype | None
+    max_model_len: int | None
+    progress: bool
 
 
 def resolve(name_or_path: str | Path) -> Path:
@@ -87,7 +108,7 @@ def _from_hub(name: str) -> Path:
         raise
     except Exception as error:  # huggingface_hub lets errors of several HTTP libraries through
         raise ModelNotFoundError(
-            f"model: {name!r} is no folder here and can't be fetched from the Hugging Face hub: {_first_line(error)}"
+            f"model: {name!r} is no folder here and can't be fetched from the Hugging Face hub: {first_line(error)}"
         ) from error
 
 
@@ -96,7 +117,7 @@ def load_model(
     *,
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     progress: bool = True,
-    max_positions: int | None = None,
+    max_model_len: int | None = None,
     weight_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     prepare: bool = True,
 ) -> LoadedModel:
@@ -104,11 +125,13 @@ def load_model(
 
     name_or_path: folder with config.json and safetensors, .gguf file, "demo", or org/name on the hub.
     dtype: of weights, activations and (by default) the KV cache; "auto" is fp32.
-    max_positions: rows of the rotary table, None = the model's maximum.
+    max_model_len: longest sequence in tokens, the rows of the rotary table; None = the model's max_position_embeddings,
+        at most DEFAULT_MAX_MODEL_LEN.
     weight_dtype: what the linear layers' weights are stored in, arithmetic stays fp32; "auto" = dtype. "bf16" halves
         the memory traffic of fp32, which bounds decoding of few sequences.
     prepare: bring it into its fast CPU form; False keeps plain torch modules, which can be lowered and exported.
-    Raises ModelNotFoundError, UnsupportedModelError, CheckpointError, ConfigError.
+    Raises ModelNotFoundError, UnsupportedModelError, CheckpointError, ConfigError; for a max_model_len above the
+    model's, sizes that are not the checkpoint's and too little memory before anything large is allocated.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype: got {dtype!r}, need one of {', '.join(DTYPES)}.")
@@ -118,37 +141,69 @@ def load_model(
         raise ConfigError("weight_dtype: needs prepare=True, plain torch modules store their weights in dtype.")
     path = resolve(name_or_path)
     load = _load_gguf if path.is_file() else _load_folder
+    packed_dtype = DTYPES[dtype if weight_dtype == "auto" else weight_dtype] if prepare else None
     with torch.inference_mode():
-        loaded = load(path, DTYPES[dtype], progress, max_positions)
-        if prepare:
-            stored = DTYPES[dtype if weight_dtype == "auto" else weight_dtype]
-            prepare_for_cpu(loaded.model, weight_dtype=stored)
-    return loaded
+        return load(path, _Options(DTYPES[dtype], packed_dtype, max_model_len, progress))
 
 
-def _load_folder(path: Path, dtype: torch.dtype, progress: bool, max_positions: int | None) -> LoadedModel:
+def _load_folder(path: Path, options: _Options) -> LoadedModel:
     hf_config = _hf_config(path)
     family, config = normalise_config(hf_config)
     config = replace(config, eos_token_ids=_generation_eos(path) or config.eos_token_ids)
+    max_model_len = _fit_model_len(options.max_model_len, config.max_position_embeddings)
     with SafetensorsSource(path) as source:
-        model = family.model_class(config, dtype=dtype, max_positions=max_positions)
-        load_weights(model, source, progress=progress)
-    return LoadedModel(model, config, _tokenizer(path), hf_config)
+        model = _build_model(family, config, source, options, max_model_len)
+    return LoadedModel(model, config, _tokenizer(path), hf_config, max_model_len)
 
 
-def _load_gguf(path: Path, dtype: torch.dtype, progress: bool, max_positions: int | None) -> LoadedModel:
+def _load_gguf(path: Path, options: _Options) -> LoadedModel:
     file = GGUFFile(path)
     hf_config = gguf_config(file)
     family, config = normalise_config(hf_config)
     source = GGUFSource(file, config)
     config = source.scale_rope(config)
-    model = family.model_class(config, dtype=dtype, max_positions=max_positions)
-    load_weights(model, source, progress=progress)
-    return LoadedModel(model, config, _gguf_tokenizer(path), hf_config)
+    max_model_len = _fit_model_len(options.max_model_len, config.max_position_embeddings)
+    model = _build_model(family, config, source, options, max_model_len)
+    return LoadedModel(model, config, _gguf_tokenizer(path), hf_config, max_model_len)
+
+
+def _fit_model_len(wanted: int | None, limit: int) -> int:
+    """max_model_len of a model that allows `limit` tokens."""
+    if wanted is None:
+        return min(limit, DEFAULT_MAX_MODEL_LEN)
+    if not 1 <= wanted <= limit:
+        raise ConfigError(
+            f"max_model_len: got {wanted}, need at most {limit} (max_position_embeddings of the model), at least 1."
+        )
+    return wanted
+
+
+def _build_model(
+    family: Family, config: ModelConfig, source: TensorSource, options: _Options, max_model_len: int
+) -> LlamaModel:
+    """The model with its weights. Whatever can be wrong with names, shapes and memory shows before it has storage."""
+    outline = family.model_class(config, dtype=options.dtype, device="meta", max_positions=max_model_len)
+    check_names(source, outline.checkpoint_slots(), outline.is_ignorable)
+    check_memory(peak_memory_bytes(outline, options.packed_dtype), available_memory_bytes())
+    model = family.model_class(config, dtype=options.dtype, max_positions=max_model_len)
+    load_weights(model, source, progress=options.progress)
+    load_kv_scales(model, source)
+    if options.packed_dtype is not None:
+        prepare_for_cpu(model, weight_dtype=options.packed_dtype)
+    return model
+
+
+def check_memory(need_bytes: int, available_bytes: int) -> None:
+    """ConfigError unless a model that needs so much fits into what is free."""
+    if need_bytes > available_bytes:
+        raise ConfigError(
+            f"model: loading it takes {size_text(need_bytes)}, need at most the {size_text(available_bytes)} of memory "
+            "that is free; take dtype='bf16', a smaller model or a machine with more memory."
+        )
 
 
 def _hf_config(folder: Path) -> "PretrainedConfig":
-    """transformers' config, after our own look at the architecture: its message on unknown ones is a page long."""
+    """transformers' config, after our own look at architecture and sizes; its message on unknown ones fills a page."""
     from transformers import AutoConfig, PretrainedConfig
 
     if not (folder / "config.json").is_file():
@@ -156,16 +211,12 @@ def _hf_config(folder: Path) -> "PretrainedConfig":
     try:
         raw, _ = PretrainedConfig.get_config_dict(folder)
         find_family(raw.get("architectures"), raw.get("model_type"))
+        check_sizes(raw)
         return AutoConfig.from_pretrained(folder)
-    except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"{folder}: {error}") from error
+    except NeuronPagedError as error:
+        raise type(error)(f"{folder}: {error}") from error
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and validation errors of its own
-        raise CheckpointError(f"{folder}/config.json can't be read: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    """Other libraries' messages run over many lines; ours are one."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{folder}/config.json can't be read: {first_line(error)}") from error
 
 
 def _generation_eos(folder: Path) -> tuple[int, ...]:
@@ -188,7 +239,7 @@ def _tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # tokenizers raises plain Exception on a damaged file
-        raise CheckpointError(f"{folder}: the tokenizer can't be read: {_first_line(error)}") from error
+        raise CheckpointError(f"{folder}: the tokenizer can't be read: {first_line(error)}") from error
 
 
 def _gguf_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
@@ -198,4 +249,4 @@ def _gguf_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
     try:
         return PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:
-        raise CheckpointError(f"{path}: the tokenizer can't be read: {_first_line(error)}") from error
+        raise CheckpointError(f"{path}: the tokenizer can't be read: {first_line(error)}") from error

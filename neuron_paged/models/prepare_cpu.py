@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuron_paged.models import cpu_gemm, cpu_kernels
-from neuron_paged.models.layers import RMSNorm, SiluAndMul
+from neuron_paged.models.layers import Embedding, RMSNorm, SiluAndMul
 from neuron_paged.models.linear import Linear
 
 
@@ -60,6 +60,21 @@ class CpuSiluAndMul(nn.Module):
     def forward(self, gate_up: Tensor) -> Tensor:
         """As SiluAndMul.forward."""
         return cpu_kernels.silu_and_mul(gate_up)
+
+
+def peak_memory_bytes(model: nn.Module, packed_dtype: torch.dtype | None) -> int:
+    """Most memory that loading `model` (which may be on "meta") and prepare_for_cpu take; None = it is not prepared."""
+    plain = sum(parameter.nbytes for parameter in model.parameters())
+    if packed_dtype is None:
+        return plain
+    weights = [module.weight for module in model.modules() if isinstance(module, Linear)]
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, Embedding)}
+    peak = now = plain
+    for weight in weights:  # as prepare_for_cpu goes: the packed copy is made, then the plain weight is dropped
+        now += weight.numel() * packed_dtype.itemsize
+        peak = max(peak, now)
+        now -= 0 if id(weight) in embeddings else weight.nbytes
+    return peak
 
 
 def prepare_for_cpu(model: nn.Module, *, packed: bool = True, weight_dtype: torch.dtype | None = None) -> nn.Module:

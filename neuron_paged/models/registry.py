@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from neuron_paged.errors import UnsupportedModelError
+from neuron_paged.errors import CheckpointError, NeuronPagedError, UnsupportedModelError
 from neuron_paged.models.config import (
     ModelConfig,
+    check_sizes,
+    first_line,
     llama_config,
     mistral_config,
     qwen2_config,
@@ -62,6 +64,21 @@ def find_family(architectures: Sequence[str] | None, model_type: str | None) -> 
 
 
 def normalise_config(hf_config: "PretrainedConfig") -> tuple[Family, ModelConfig]:
-    """Family and ModelConfig of a transformers config."""
+    """Family and ModelConfig of a transformers config.
+
+    Raises UnsupportedModelError, or CheckpointError for values of the wrong kind or out of range.
+    """
     family = find_family(getattr(hf_config, "architectures", None), hf_config.model_type)
-    return family, family.normalise(hf_config)
+    if hf_config.model_type != family.model_type:
+        raise CheckpointError(
+            f"model config: model_type is {hf_config.model_type!r}, need {family.model_type!r} with architecture "
+            f"{family.architecture}."
+        )
+    check_sizes(vars(hf_config))
+    try:
+        return family, family.normalise(hf_config)
+    except NeuronPagedError:
+        raise
+    except Exception as error:  # fields may be missing or hold anything
+        message = f"model config: not that of a {family.architecture} ({type(error).__name__}: {first_line(error)})."
+        raise CheckpointError(message) from error

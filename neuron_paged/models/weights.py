@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from neuron_paged.errors import CheckpointError, UnsupportedModelError
+from neuron_paged.errors import CheckpointError, ConfigError, UnsupportedModelError
 from neuron_paged.models.llama import LlamaModel, WeightSlot
 
 _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -56,6 +56,9 @@ class SafetensorsSource:
             except (SafetensorError, OSError) as error:
                 self._stack.close()
                 raise CheckpointError(f"{path}: not a complete safetensors file ({error}); fetch it again.") from error
+            except RuntimeError as error:
+                self._stack.close()
+                raise ConfigError(f"model: {path} can't be mapped into memory ({error}).") from error
             self._handles |= dict.fromkeys(handle.keys(), handle)
         return self
 

@@ -5,7 +5,6 @@ Static checks run on every call, also while tracing. The values of index tensors
 CPU always, because a wrong id must never reach memory; on other devices in debug mode only, because it synchronises.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,6 +15,10 @@ from nki_kernels.layout import MIN_BLOCK_SIZE
 
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CACHE_DTYPES = (*ACTIVATION_DTYPES, torch.float8_e4m3fn)
+
+# Operators compute in float32: the largest number, and the smallest that no unit flushes to zero.
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+_FLOAT32_TINY = torch.finfo(torch.float32).tiny
 
 _debug = False
 
@@ -136,12 +139,12 @@ def check_attention(
         _check_index("cu_seqlens_q", cu_seqlens_q, 1, f"[{num_seqs + 1}] (num_seqs + 1)", device)
         if cu_seqlens_q.shape[0] != num_seqs + 1:
             _fail("cu_seqlens_q", cu_seqlens_q, f"[{num_seqs + 1}] (num_seqs + 1) int32")
-    if softmax_scale is not None and not math.isfinite(softmax_scale):
-        _fail("softmax_scale", softmax_scale, "a finite number, or None for head_dim ** -0.5")
+    if softmax_scale is not None and not abs(softmax_scale) <= _FLOAT32_MAX:
+        _fail("softmax_scale", softmax_scale, "a finite float32 number, or None for head_dim ** -0.5")
     if sliding_window < 0:
         _fail("sliding_window", sliding_window, "0 (off) or the number of visible tokens, itself included")
-    if not (logits_soft_cap >= 0 and math.isfinite(logits_soft_cap)):
-        _fail("logits_soft_cap", logits_soft_cap, "0 (off) or a positive finite number")
+    if not (logits_soft_cap == 0 or _FLOAT32_TINY <= logits_soft_cap <= _FLOAT32_MAX):
+        _fail("logits_soft_cap", logits_soft_cap, "0 (off) or a positive finite float32 number, not subnormal")
     _check_per_head("sinks", sinks, "num_heads", num_heads, device)
     _check_per_head("alibi_slopes", alibi_slopes, "num_heads", num_heads, device)
     _check_scales(kv_cache, k_scale, v_scale)

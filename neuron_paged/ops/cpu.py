@@ -198,7 +198,7 @@ def _swap_blocks(src: Tensor, dst: Tensor, block_mapping: Tensor) -> None:
 
 def _move_blocks(src: Tensor, dst: Tensor, block_mapping: Tensor) -> None:
     """Bytes, so that no dtype is special. index_select makes a copy first: reads come before writes."""
-    from_bytes, to_bytes = (x.view(torch.uint8).view(x.shape[0], -1) for x in (src, dst))
+    from_bytes, to_bytes = (x.view(torch.uint8).flatten(1) for x in (src, dst))
     to_bytes.index_copy_(0, block_mapping[:, 1].long(), from_bytes.index_select(0, block_mapping[:, 0]))
 
 

@@ -217,7 +217,7 @@ def test_workload_flops_of_one_request_is_the_sum_of_its_parts() -> None:
     from neuron_paged.bench.workload import Workload, WorkloadRequest
     from neuron_paged.models.loader import load_model
 
-    config = load_model("demo", progress=False, max_positions=16).config
+    config = load_model("demo", progress=False, max_model_len=16).config
     flops = workload_flops(config, Workload([WorkloadRequest([1, 2, 3], 2)]))
     body, head = 106.2e6, 28.3e6  # parameters of SmolLM2-135M's layers and of its output head
     attention = 4 * 30 * 9 * 64 * (1 + 2 + 3 + 4)

@@ -16,10 +16,11 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from neuron_paged import LLM, LLMEngine, SamplingParams
 from neuron_paged.cli import main
 from neuron_paged.config import CacheConfig, EngineConfig, SchedulerConfig
-from neuron_paged.engine.cache_sizing import available_memory_bytes, choose_num_blocks
+from neuron_paged.engine.cache_sizing import choose_num_blocks
 from neuron_paged.engine.model_runner import ModelRunner
 from neuron_paged.engine.sampling import RequestOutputKind
 from neuron_paged.errors import ConfigError, InvalidRequestError, ModelNotFoundError, PromptTooLongError, StepError
+from neuron_paged.memory import available_memory_bytes
 from neuron_paged.models.loader import load_model
 
 TEMPLATE = (
@@ -485,6 +486,8 @@ def test_settings_reach_the_engine(model_path):
         ({"max_seqs": 3}, "LLM: got unknown setting max_seqs, need one of block_size"),
         ({"block_size": 4}, "block_size: got 4"),
         ({"max_model_len": 257}, "max_model_len: got 257, need at most 256"),
+        ({"max_model_len": 10**12}, "max_model_len: got 1000000000000, need at most 256"),
+        ({"max_num_seqs": 10**10}, "max_num_seqs: got 10000000000, need an integer in"),
         ({"dtype": "int8"}, "dtype: got 'int8'"),
         ({"weight_dtype": "int4"}, "weight_dtype: got 'int4'"),
         ({"kv_cache_dtype": "int4"}, "kv_cache_dtype: got 'int4'"),

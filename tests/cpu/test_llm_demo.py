@@ -40,7 +40,7 @@ PARAMS = SamplingParams(temperature=0, max_tokens=16)
 
 @pytest.fixture(scope="module")
 def loaded():
-    return load_model("demo", progress=False, max_positions=512)
+    return load_model("demo", progress=False, max_model_len=512)
 
 
 def generate(loaded, preemption="recompute", num_swap_blocks=0, num_blocks=600, prefix_caching=True, **settings):

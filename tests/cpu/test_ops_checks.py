@@ -46,9 +46,13 @@ STATIC = [
     ({"cu_seqlens_q": ints(0, 5)}, "cu_seqlens_q"),
     ({"cu_seqlens_q": None}, "query"),
     ({"softmax_scale": float("nan")}, "softmax_scale"),
+    ({"softmax_scale": 1e39}, "softmax_scale"),
+    ({"softmax_scale": -1e39}, "softmax_scale"),
     ({"sliding_window": -1}, "sliding_window"),
     ({"logits_soft_cap": -1.0}, "logits_soft_cap"),
     ({"logits_soft_cap": float("inf")}, "logits_soft_cap"),
+    ({"logits_soft_cap": 1e39}, "logits_soft_cap"),
+    ({"logits_soft_cap": 1e-46}, "logits_soft_cap"),
     ({"sinks": torch.zeros(3)}, "sinks"),
     ({"alibi_slopes": torch.zeros(9, dtype=torch.bfloat16)}, "alibi_slopes"),
     ({"alibi_slopes": torch.zeros(18)[::2]}, "alibi_slopes"),
@@ -129,6 +133,19 @@ def test_copy_and_swap_blocks_static_checks():
         OPS.swap_blocks(cache, torch.randn(8, 3, 2, 32, 64), ints([1, 2]))
     with pytest.raises(ValueError, match="^dst: got "):
         OPS.swap_blocks(cache, cache.half(), ints([1, 2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, FP8])
+def test_copy_and_swap_blocks_of_a_cache_without_blocks(dtype):
+    """Nothing to do is no error."""
+    none = torch.zeros(0, 2, dtype=torch.int32)
+    empty, cache = torch.zeros(0, 3, 2, 16, 64).to(dtype), torch.ones(2, 3, 2, 16, 64).to(dtype)
+    OPS.copy_blocks(empty, none)
+    OPS.swap_blocks(empty, cache, none)
+    OPS.swap_blocks(cache, empty, none)
+    assert bool((cache.float() == 1).all())
+    with pytest.raises(ValueError, match=r"block_mapping\[0, 0\]: got 0"):
+        OPS.copy_blocks(empty, ints([0, 0]))
 
 
 @pytest.mark.parametrize(

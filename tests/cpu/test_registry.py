@@ -19,6 +19,14 @@ TINY = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 
 def write_config(folder: Path, **changes) -> None:
@@ -64,14 +72,45 @@ def test_unsupported_layer_type() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_hidden_layers": 0}, "num_layers"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+        ({"hidden_size": -32}, "hidden_size is -32"),
+        ({"head_dim": 2**40}, "head_dim is 1099511627776"),
         ({"num_key_value_heads": 3}, "num_key_value_heads = 3"),
-        ({"vocab_size": -5}, "vocab_size"),
+        ({"vocab_size": -5}, "vocab_size is -5"),
+        ({"vocab_size": 10**10}, "vocab_size is 10000000000"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": None}}, "rope_theta is None"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "rope_theta is 'x'"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "rope_theta is 0"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}}, "rope_theta is -1.0"),
+        ({"rope_parameters": LLAMA3_ROPE | {"factor": "a"}}, "rope parameters .*'factor': 'a'"),
+        ({"rope_parameters": LLAMA3_ROPE | {"factor": -8.0}}, "llama3 rotary embedding has a frequency"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0}}, "linear rotary embedding"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": -2.0}}, "linear rotary embedding"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "Missing required keys in .rope_parameters"),
+        ({"eos_token_id": -1}, "eos_token_id is -1, need a token id below vocab_size = 61"),
+        ({"eos_token_id": [2, 10**9]}, "eos_token_id is 1000000000"),
+        ({"architectures": ["MistralForCausalLM"]}, "model_type is 'llama', need 'mistral'"),
+        (
+            {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": -4},
+            "sliding_window is -4",
+        ),
+        (
+            {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_hidden_layers": 10**9},
+            "num_hidden_layers",
+        ),
     ],
 )
 def test_impossible_config(tmp_path: Path, changes: dict, message: str) -> None:
     write_config(tmp_path, **changes)
     with pytest.raises(CheckpointError, match=message):
+        load_model(tmp_path, progress=False)
+
+
+def test_end_token_of_the_generation_config_is_checked(tmp_path: Path) -> None:
+    write_config(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 61]}')
+    with pytest.raises(CheckpointError, match="eos_token_id is 61"):
         load_model(tmp_path, progress=False)
 
 

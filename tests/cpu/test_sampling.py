@@ -2,6 +2,7 @@
 """SamplingParams: what is refused and how it says so; SamplingState: its random stream and its logit edits."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -13,7 +14,10 @@ from neuron_paged.errors import InvalidSamplingParamsError
 BAD = [
     ("n", 0), ("n", True), ("n", 1.0), ("n", "2"), ("best_of", 0),
     ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("temperature", "hot"),
-    ("temperature", True), ("temperature", None),
+    ("temperature", True), ("temperature", None), ("temperature", 10**400), ("temperature", 10**5000),
+    ("temperature", 1e39), ("repetition_penalty", 1e39), ("repetition_penalty", 1e-44), ("top_p", 1e-46),
+    ("presence_penalty", -(10**400)), ("min_p", Fraction(10**400)), ("seed", 10**5000), ("n", -(10**5000)),
+    ("logit_bias", {"9" * 5000: 1.0}), ("logit_bias", {1: 10**400}), ("logit_bias", {-(10**5000): 1.0}),
     ("top_p", 0.0), ("top_p", 1.1), ("top_p", math.nan), ("top_k", -2), ("top_k", 1.5), ("top_k", False),
     ("min_p", -0.1), ("min_p", 1.01), ("min_p", math.nan),
     ("presence_penalty", 2.1), ("presence_penalty", math.nan), ("frequency_penalty", -2.1),
@@ -29,10 +33,11 @@ BAD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "value"), BAD, ids=[f"{name}={value!r}" for name, value in BAD])
+@pytest.mark.parametrize(("name", "value"), BAD, ids=[name for name, _ in BAD])
 def test_sampling_params_refuses_bad_value(name, value):
-    with pytest.raises(InvalidSamplingParamsError, match=rf"^SamplingParams\.{name}: got .*, need "):
+    with pytest.raises(InvalidSamplingParamsError, match=rf"^SamplingParams\.{name}: got .*, need ") as caught:
         SamplingParams(**{name: value})
+    assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize(

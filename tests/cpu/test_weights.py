@@ -2,6 +2,8 @@
 """Safetensors checkpoints: single and sharded, names checked both ways, damaged and foreign files."""
 
 import json
+import math
+import os
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from neuron_paged.errors import CheckpointError, UnsupportedModelError
+from neuron_paged.errors import CheckpointError, ConfigError, UnsupportedModelError
 from neuron_paged.models import load_model
 from neuron_paged.models.llama import LlamaModel
+from neuron_paged.models.prepare_cpu import peak_memory_bytes
+from neuron_paged.models.registry import normalise_config
 
 WEIGHTS = "model.safetensors"
 
@@ -72,6 +76,98 @@ def test_load_single_file(tmp_path: Path, tie: bool) -> None:
     model = load(tmp_path)
     assert_same_weights(model, reference)
     assert (model.lm_head.weight is model.embed_tokens.weight) == tie
+
+
+def plain_bytes(model: LlamaModel) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def write_config(folder: Path, **changes) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def test_rotary_table_has_the_rows_asked_for(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+    assert load_model(tmp_path, progress=False).model.rotary_emb.cos_sin_cache.shape == (64, 8)
+    loaded = load_model(tmp_path, progress=False, max_model_len=24)
+    assert loaded.max_model_len == 24 and loaded.model.rotary_emb.cos_sin_cache.shape == (24, 8)
+    write_config(tmp_path, max_position_embeddings=2**31 - 1)
+    loaded = load_model(tmp_path, progress=False)
+    assert loaded.max_model_len == 8192 and loaded.model.rotary_emb.cos_sin_cache.shape == (8192, 8)
+
+
+@pytest.mark.parametrize("max_model_len", [65, 10**12, 0, -1])
+def test_impossible_max_model_len(tmp_path: Path, max_model_len: int) -> None:
+    """Refused by the config alone: the weights are not there."""
+    make_checkpoint(tmp_path)
+    (tmp_path / WEIGHTS).unlink()
+    with pytest.raises(ConfigError, match=f"max_model_len: got {max_model_len}, need at most 64"):
+        load_model(tmp_path, progress=False, max_model_len=max_model_len)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"hidden_size": 10**7}, {"vocab_size": 10**9}, {"intermediate_size": 10**7}, {"num_hidden_layers": 3}]
+)
+def test_sizes_of_another_model_show_before_memory_is_taken(tmp_path: Path, changes: dict[str, int]) -> None:
+    make_checkpoint(tmp_path)
+    write_config(tmp_path, **changes, head_dim=8)
+    with pytest.raises(CheckpointError, match="has shape|missing"):
+        load_model(tmp_path, progress=False)
+
+
+def write_sparse_checkpoint(folder: Path, vocab_size: int) -> None:
+    """fp16 zeros that take no disk space, under the right names, in the right shapes; hidden_size 2**18, tied."""
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=2**18,
+        intermediate_size=40,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        head_dim=8,
+        tie_word_embeddings=True,
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(folder)
+    header, end = {}, 0
+    for name, slot in LlamaModel(normalise_config(config)[1], device="meta").checkpoint_slots().items():
+        start, end = end, end + 2 * math.prod(slot.shape)
+        header[name] = {"dtype": "F16", "shape": slot.shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with (folder / WEIGHTS).open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+def test_weights_larger_than_the_memory(tmp_path: Path) -> None:
+    """The file would fit; as fp32, twice because the packed head can't share the embedding's matrix, it does not."""
+    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    write_sparse_checkpoint(tmp_path, vocab_size=int(1.5 * memory_bytes) // (2 * 4 * 2**18))
+    with pytest.raises(ConfigError, match=r"takes \d+.\d\d GiB, need at most the .* free; take dtype='bf16'"):
+        load_model(tmp_path, progress=False)
+
+
+def test_file_too_large_to_map(tmp_path: Path) -> None:
+    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    write_sparse_checkpoint(tmp_path, vocab_size=2 * memory_bytes // 2**18)  # four times the memory
+    with pytest.raises(ConfigError, match="model.safetensors can't be mapped|loading it takes"):
+        load_model(tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
+def test_peak_memory_of_packing(tmp_path: Path, tie: bool) -> None:
+    """Layers are packed one by one in order, qkv first; a plain weight goes once its packed copy is there."""
+    make_checkpoint(tmp_path, tie=tie)
+    model = load(tmp_path)
+    plain = plain_bytes(model)
+    assert peak_memory_bytes(model, None) == plain
+    assert peak_memory_bytes(model, torch.float32) == plain + 4 * 2 * 40 * 32  # gate_up is the largest
+    assert peak_memory_bytes(model, torch.bfloat16) == plain + 2 * (4 + 2 + 2) * 8 * 32
+    half = load(tmp_path, dtype="bf16")
+    layer = (4 + 2 + 2) * 8 * 32 + 32 * 32 + 3 * 40 * 32
+    head = (4 if tie else 2) * 61 * 32
+    grown = 2 * 2 * layer + head + (0 if tie else 2 * 61 * 32)
+    assert peak_memory_bytes(half, torch.float32) == plain_bytes(half) + grown
 
 
 def test_load_sharded_files(tmp_path: Path) -> None:

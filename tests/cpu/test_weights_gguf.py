@@ -68,8 +68,11 @@ def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
     return out
 
 
-def write_gguf(path: Path, model: PreTrainedModel, architecture: str, *, kind=None, extra=None, tensors=None) -> None:
-    """kind: quantisation of matrices, None = F32. extra: added or replaced metadata, None drops. tensors: added."""
+def write_gguf(
+    path: Path, model: PreTrainedModel, architecture: str, *, kind=None, extra=None, tensors=None, general=None
+) -> None:
+    """kind: quantisation of matrices, None = F32. extra: added or replaced metadata of the architecture, None drops.
+    tensors: added. general: metadata beside the architecture's, by full key; replaces the end token."""
     c = model.config
     values = {
         "context_length": c.max_position_embeddings,
@@ -85,11 +88,10 @@ def write_gguf(path: Path, model: PreTrainedModel, architecture: str, *, kind=No
     } | (extra or {})
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    for key, value in values.items():
+    keyed = {f"{architecture}.{key}": value for key, value in values.items() if value is not None}
+    for key, value in (keyed | {"tokenizer.ggml.eos_token_id": 2} | (general or {})).items():
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-        if value is not None:
-            add[type(value)](f"{architecture}.{key}", value)
+        add[type(value)](key, value)
     for name, weight in model.state_dict().items():
         if name == "lm_head.weight" and c.tie_word_embeddings:
             continue
@@ -198,6 +200,16 @@ def test_gguf_with_window_is_mistral(tmp_path: Path) -> None:
         ("llama", {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, {}, UnsupportedModelError, "'yarn'"),
         ("llama", {"rope.dimension_count": 8}, {}, UnsupportedModelError, "rope.dimension_count = 8"),
         ("llama", {"block_count": None}, {}, CheckpointError, "no llama.block_count"),
+        ("llama", {"block_count": 10**9}, {}, CheckpointError, "num_hidden_layers is 1000000000"),
+        ("llama", {"attention.head_count": 0}, {}, CheckpointError, "num_attention_heads is 0"),
+        ("llama", {"attention.head_count": "four"}, {}, CheckpointError, "num_attention_heads is 'four'"),
+        ("llama", {"attention.key_length": 2**31, "rope.dimension_count": None}, {}, CheckpointError, "head_dim is 21"),
+        ("llama", {"embedding_length": 66}, {}, CheckpointError, "not the metadata of a LlamaForCausalLM"),
+        ("llama", {"attention.layer_norm_rms_epsilon": "x"}, {}, CheckpointError, "not the metadata of a Llama"),
+        ("llama", {"rope.freq_base": "x"}, {}, CheckpointError, "rope_theta|not the metadata"),
+        ("llama", {"rope.freq_base": -1.0}, {}, CheckpointError, "rope_theta is -1.0"),
+        ("llama", {"rope.scaling.type": "linear", "rope.scaling.factor": 0.0}, {}, CheckpointError, "linear rotary"),
+        ("llama", {"attention.sliding_window": "x"}, {}, CheckpointError, "not the metadata of a Mistral"),
         ("llama", {"block_count": 3}, {}, CheckpointError, "missing 9 tensors model.layers.2"),
         ("llama", {"feed_forward_length": 95}, {}, CheckpointError, r"has shape \(96, 64\), need \(95, 64\)"),
         (
@@ -208,11 +220,50 @@ def test_gguf_with_window_is_mistral(tmp_path: Path) -> None:
             "unexpected 1 tensor blk.0.ffn_gate_exps.weight",
         ),
     ],
-    ids=["architecture", "rope_scaling", "partial_rotary", "no_key", "missing", "shape", "unexpected"],
 )
 def test_gguf_refusals(tmp_path: Path, architecture, extra, tensors, error, message) -> None:
     write_gguf(tmp_path / "m.gguf", make_model("Llama"), architecture, extra=extra, tensors=tensors)
     with pytest.raises(error, match=message):
+        load(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "error", "message"),
+    [
+        ("general.alignment", 0, CheckpointError, "general.alignment is 0"),
+        ("general.alignment", "x", CheckpointError, "general.alignment is 'x'"),
+        ("split.count", 2, UnsupportedModelError, "one of 2 files of a split GGUF"),
+        ("split.count", "x", UnsupportedModelError, "one of 'x' files of a split GGUF"),
+        ("tokenizer.ggml.eos_token_id", 50, CheckpointError, "eos_token_id is 50"),
+        ("tokenizer.ggml.eos_token_id", "x", CheckpointError, "eos_token_id|not the metadata"),
+    ],
+)
+def test_gguf_refuses_general_metadata(tmp_path: Path, key, value, error, message) -> None:
+    write_gguf(tmp_path / "m.gguf", make_model("Llama"), "llama", general={key: value})
+    with pytest.raises(error, match=message):
+        load(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ({"eot": 7}, (2, 7)),
+        ({"eot": 2}, (2,)),
+        ({"eom": 9, "eot": 7}, (2, 7, 9)),
+    ],
+)
+def test_gguf_ends_at_every_end_token(tmp_path: Path, ends: dict[str, int], expected: tuple[int, ...]) -> None:
+    """Llama 3's instruct models end text, a turn and a tool call with three different tokens."""
+    general = {f"tokenizer.ggml.{name}_token_id": token_id for name, token_id in ends.items()}
+    write_gguf(tmp_path / "m.gguf", make_model("Llama"), "llama", general=general)
+    assert load(tmp_path / "m.gguf")[0].config.eos_token_ids == expected
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, np.inf, np.nan])
+def test_gguf_refuses_rope_factors(tmp_path: Path, factor: float) -> None:
+    factors = np.array([1.0] * 7 + [factor], np.float32)
+    write_gguf(tmp_path / "m.gguf", make_model("Llama"), "llama", tensors={"rope_freqs.weight": factors})
+    with pytest.raises(CheckpointError, match="rope_freqs.weight has 8 entries|llama3 rotary embedding"):
         load(tmp_path / "m.gguf")
 
 
@@ -239,7 +290,7 @@ def test_gguf_damaged_header(tmp_path: Path) -> None:
             damaged[at] = random.integers(256)
         path.write_bytes(damaged)
         try:
-            GGUFFile(path)
+            normalise_config(gguf_config(GGUFFile(path)))
         except (CheckpointError, UnsupportedModelError):
             continue
 
