@@ -20,7 +20,9 @@ class Rows:
 
     __slots__ = ("indices", "valid", "table", "poison", "tensor", "index")
 
-    def __init__(self, core: Core, instruction: str, t: NkiTensor, oob: Any, transpose: bool = False) -> None:
+    def __init__(
+        self, core: Core, instruction: str, t: NkiTensor, oob: Any, transpose: bool = False, reads: bool = True
+    ) -> None:
         ind = t.indirection
         assert ind is not None
         self.tensor = t
@@ -36,7 +38,7 @@ class Rows:
             raise LawError(f"{instruction}: vector_offset: {self.index!r} was never written{at_line()}")
         self.indices = flat.astype(np.int64)
         size, storage = t.itemsize, t.storage
-        if storage.writers is not None:
+        if reads and storage.writers is not None:
             core.check_race(t)
         inner = sum((n - 1) * s for n, s in zip(t.shape[1:], t.strides[1:], strict=True)) + 1
         room = storage.nbytes - (t.offset + inner) * size
@@ -92,7 +94,7 @@ def gather(core: Core, dst: NkiTensor, src: NkiTensor, oob: Any) -> dict[str, An
 
 def scatter(core: Core, dst: NkiTensor, src: NkiTensor, oob: Any) -> dict[str, Any]:
     one_run(core, "dma_copy", dst)
-    rows = Rows(core, "dma_copy", dst, oob)
+    rows = Rows(core, "dma_copy", dst, oob, reads=False)
     valid, p = rows.valid, dst.shape[0]
     target = rows.indices[valid]
     law.unique_rows("dma_copy", target)
