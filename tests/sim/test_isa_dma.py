@@ -260,3 +260,21 @@ def test_dma_compute_sums_and_read_modify_writes():
     expected[index[:, 0]] += b[:3]
     np.testing.assert_allclose(simulator.run(kernel, a, b, c, index).outputs, before + b + c, rtol=1e-6)
     np.testing.assert_array_equal(a, expected)
+
+
+def scatter_from_both_cores(x, rows):
+    out = nl.ndarray((8, 4), dtype=nl.float32, buffer=nl.shared_hbm)
+    core = nl.program_id(0)
+    tile = nl.ndarray((4, 4), dtype=nl.float32, buffer=nl.sbuf)
+    index = nl.ndarray((4, 1), dtype=nl.int32, buffer=nl.sbuf)
+    nisa.dma_copy(dst=tile, src=x[nl.ds(core * 4, 4)])
+    nisa.dma_copy(dst=index, src=rows[nl.ds(core * 4, 4)])
+    nisa.dma_copy(dst=out.ap([[4, 4], [1, 4]], vector_offset=index, indirect_dim=0), src=tile)
+    return out
+
+
+def test_a_scatter_writes_without_reading_so_two_cores_may_fill_one_output():
+    x = np.arange(32, dtype=np.float32).reshape(8, 4)
+    rows = np.array([[7], [0], [5], [2], [1], [6], [3], [4]], np.int32)
+    result = simulator.run(scatter_from_both_cores, x, rows, grid=2, strict=True)
+    np.testing.assert_array_equal(result.outputs[rows[:, 0]], x)

@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NKI kernels that write the KV cache: reshape_and_cache (quantising to fp8 too) and copy_blocks.
+
+Legend: T = num_tokens, K = num_kv_heads, B = block_size, D = head_dim. Meaning: `cache_ops_ref.py`. Rows meant for
+the null block are dropped, never written: many padded rows on one slot would race. Both kernels write `kv_cache` in
+place and return it, so that a graph can alias it.
+"""
+
+from nki_kernels.layout import FP8_E4M3_MAX
+from nki_kernels.support import (
+    BLOCK_SIZES,
+    FP8_DTYPES,
+    KERNEL_DTYPES,
+    refuse,
+    require_one_of,
+    require_range,
+)
+from nki_kernels.toolchain import nisa, nki, nl
+
+ROWS = 128  # partitions, and indices of one vector-offset DMA
+RING = 4  # tiles in flight between VectorE and the scatters
+SETS = 2  # tiles of 128 tokens in flight
+COPY_BUDGET_BYTES = 96 * 1024  # of a partition, for the contents that copy_blocks holds between reading and writing
+MIN_COPY_RUN_BYTES = 512  # below this a descriptor moves less than a tenth of the DMA rate
+MAX_INT32 = 2**31 - 1
+
+
+# -- host -------------------------------------------------------------------------------------------------------------
+
+
+def check_reshape_and_cache(
+    num_tokens: int, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: str, cache_dtype: str
+) -> None:
+    """Raise UnsupportedShapeError unless `reshape_and_cache` has code for these shapes; dtypes by NKI name."""
+    kernel = "reshape_and_cache"
+    require_range(kernel, "num_tokens", num_tokens, 1, 1 << 20)
+    require_one_of(kernel, "block_size", block_size, BLOCK_SIZES)
+    require_range(kernel, "num_kv_heads", num_kv_heads, 1, 128)
+    require_range(kernel, "head_dim", head_dim, 1, 512)
+    require_one_of(kernel, "dtype", dtype, KERNEL_DTYPES)
+    require_one_of(kernel, "kv_cache dtype", cache_dtype, (*KERNEL_DTYPES, *FP8_DTYPES))
+    rows = 2 * num_blocks * num_kv_heads * block_size
+    if rows > MAX_INT32:
+        blocks = MAX_INT32 // (2 * num_kv_heads * block_size)
+        raise refuse(kernel, "num_blocks", num_blocks, f"at most {blocks}", "Row numbers must fit int32.")
+
+
+def check_copy_blocks(
+    num_pairs: int, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, cache_dtype: str
+) -> None:
+    """Raise UnsupportedShapeError unless `copy_blocks` has code for these shapes."""
+    kernel = "copy_blocks"
+    require_one_of(kernel, "kv_cache dtype", cache_dtype, (*KERNEL_DTYPES, *FP8_DTYPES))
+    require_range(kernel, "num_blocks", num_blocks, 1, 1 << 24)
+    largest = COPY_BUDGET_BYTES // MIN_COPY_RUN_BYTES * ROWS
+    require_range(kernel, "num_pairs", num_pairs, 1, largest)
+    elements = num_kv_heads * 2 * block_size * head_dim
+    run_bytes = copy_run_elements(num_pairs, elements, _itemsize(cache_dtype)) * _itemsize(cache_dtype)
+    if run_bytes < min(MIN_COPY_RUN_BYTES, elements * _itemsize(cache_dtype)):
+        raise refuse(kernel, "num_pairs", num_pairs, f"at most {ROWS} for blocks of {elements} elements", "Split it.")
+
+
+def _itemsize(dtype: str) -> int:
+    return {"float32": 4, "bfloat16": 2, "float16": 2}.get(dtype, 1)
+
+
+def copy_run_elements(num_pairs: int, block_elements: int, itemsize: int) -> int:
+    """Elements of a block that copy_blocks moves at a time: as many as fit while all pairs' contents are held."""
+    tiles = (num_pairs + ROWS - 1) // ROWS
+    parts = 1
+    while block_elements % parts != 0 or block_elements // parts * itemsize * tiles > COPY_BUDGET_BYTES:
+        parts += 1
+    return block_elements // parts
+
+
+def heads_per_scatter(num_tokens: int, num_kv_heads: int) -> int:
+    """KV heads whose rows share one scatter: the largest divisor that keeps few tokens' rows within 128 partitions."""
+    best = 1
+    for heads in range(1, num_kv_heads + 1):
+        if num_kv_heads % heads == 0 and heads * min(num_tokens, ROWS) <= ROWS:
+            best = heads
+    return best
+
+
+# -- kernels ----------------------------------------------------------------------------------------------------------
+
+
+@nki.jit
+def reshape_and_cache(key, value, kv_cache, slot_mapping, k_scale=None, v_scale=None):
+    """Scatter each token's key and value rows into its slot, in place.
+
+    key, value [T, K, D]; kv_cache [num_blocks, K, 2, B, D]; slot_mapping [T] int32, block·B + offset, distinct outside
+    the null block; k_scale, v_scale [K] fp32, fp8 caches only. Slots of the null block, negative ones and ones past
+    the end are dropped. Returns kv_cache.
+
+    Pseudocode: row(t, h, which) = (slot // B)·2KB + h·2B + which·B + slot % B;  cache_rows[row] = quantise(x[t, h]).
+    Partition (hl, t) of a tile holds head hl·(K/hp) + g of token t; g steps through static offsets, so that one index
+    per partition serves all heads and both of K and V.
+    """
+    num_tokens, num_kv_heads, head_dim = key.shape
+    heads = heads_per_scatter(num_tokens, num_kv_heads)
+    tail = num_tokens % ROWS
+    full_tiles = []
+    for _i in range(min(SETS, num_tokens // ROWS)):
+        full_tiles.append(WriteTiles(kv_cache, key.dtype, heads, ROWS))
+    tail_tiles = []
+    if tail > 0:
+        tail_tiles.append(WriteTiles(kv_cache, key.dtype, heads, tail))
+    for tiles in full_tiles + tail_tiles:
+        tiles.load_constants(kv_cache, k_scale, v_scale)
+    for i in range(num_tokens // ROWS):
+        _write_tokens(full_tiles[i % SETS], key, value, kv_cache, slot_mapping, i * ROWS)
+    if tail > 0:
+        _write_tokens(tail_tiles[0], key, value, kv_cache, slot_mapping, num_tokens - tail)
+    return kv_cache
+
+
+class WriteTiles(nl.NKIObject):  # type: ignore[name-defined]
+    """SBUF tiles that write up to 128 tokens; allocated once and reused in turn."""
+
+    def __init__(self, kv_cache, dtype, heads, tokens):
+        num_kv_heads, head_dim = kv_cache.shape[1], kv_cache.shape[4]
+        rows, groups = heads * tokens, num_kv_heads // heads
+        self.heads = heads
+        self.tokens = tokens
+        self.rows = rows
+        self.groups = groups
+        self.line = nl.ndarray((1, rows), dtype=nl.int32, buffer=nl.sbuf)
+        self.zero = nl.ndarray((rows, 1), dtype=nl.int32, buffer=nl.sbuf)
+        self.minus_one = nl.ndarray((rows, 1), dtype=nl.int32, buffer=nl.sbuf)
+        self.factor = nl.ndarray((rows, 1), dtype=nl.int32, buffer=nl.sbuf)
+        self.head_row = nl.ndarray((rows, 1), dtype=nl.int32, buffer=nl.sbuf)
+        self.slot = nl.ndarray((rows, 1), dtype=nl.int32, buffer=nl.sbuf)
+        self.block = nl.ndarray((rows, 1), dtype=nl.int32, buffer=nl.sbuf)
+        self.index = nl.ndarray((rows, 1), dtype=nl.int32, buffer=nl.sbuf)
+        self.key = nl.ndarray((rows, groups * head_dim), dtype=dtype, buffer=nl.sbuf)
+        self.value = nl.ndarray((rows, groups * head_dim), dtype=dtype, buffer=nl.sbuf)
+        self.scale = nl.ndarray((rows, groups), dtype=nl.float32, buffer=nl.sbuf)
+        self.k_inverse = nl.ndarray((rows, groups), dtype=nl.float32, buffer=nl.sbuf)
+        self.v_inverse = nl.ndarray((rows, groups), dtype=nl.float32, buffer=nl.sbuf)
+        self.stored = []
+        self.scaled = []
+        for _i in range(RING):
+            # The source of a scatter that skips must be a whole tile: a view of one still wrote skipped rows on trn1.
+            self.stored.append(nl.ndarray((rows, head_dim), dtype=kv_cache.dtype, buffer=nl.sbuf))
+            self.scaled.append(nl.ndarray((rows, head_dim), dtype=nl.float32, buffer=nl.sbuf))
+
+    def load_constants(self, kv_cache, k_scale, v_scale):
+        """Row number of each partition's first head, counted from block 1, and the inverse scales."""
+        num_kv_heads, block_size = kv_cache.shape[1], kv_cache.shape[3]
+        block_rows = 2 * num_kv_heads * block_size
+        if self.heads == 1:
+            nisa.memset(dst=self.head_row, value=-block_rows)
+        else:
+            pattern = [[self.groups * 2 * block_size, self.heads], [0, self.tokens]]
+            nisa.iota(dst=self.line, pattern=pattern, offset=-block_rows)
+            nisa.dma_copy(dst=self.head_row, src=self.line)
+        nisa.memset(dst=self.zero, value=0)
+        nisa.memset(dst=self.minus_one, value=-1)
+        nisa.memset(dst=self.factor, value=block_rows - block_size)
+        if kv_cache.dtype in FP8_DTYPES:
+            self.invert(self.k_inverse, k_scale)
+            self.invert(self.v_inverse, v_scale)
+
+    def invert(self, inverse, scale):
+        """inverse [rows, groups] = 1 / scale [K] of each partition's heads; 1 without scales."""
+        if scale == None:  # noqa: E711 - `is None` is outside the documented kernel language
+            nisa.memset(dst=inverse, value=1.0)
+            return
+        nisa.dma_copy(dst=self.scale, src=scale.ap([[self.groups, self.heads], [0, self.tokens], [1, self.groups]]))
+        nisa.reciprocal(dst=inverse, data=self.scale)
+
+    def compute_index(self, slot_mapping, first, block_size):
+        """index [rows, 1] = row of each partition's first head, counted from block 1; -1 for dropped slots.
+
+        Counting from block 1 makes every row of the null block negative. All arithmetic on 32-bit integers is exact:
+        shifts on VectorE work on bit patterns, sums and products of all-int32 tiles run on GpSimd.
+        """
+        pattern = [[0, self.heads], [1, self.tokens], [1, 1]]
+        nisa.dma_copy(dst=self.slot, src=slot_mapping.ap(pattern, offset=first))
+        _integer(self.slot, self.slot, self.zero, nl.maximum)
+        nisa.tensor_scalar(dst=self.block, data=self.slot, op0=nl.right_shift, operand0=log2(block_size))
+        _integer(self.index, self.block, self.factor, nl.multiply)
+        _integer(self.index, self.index, self.slot, nl.add)
+        _integer(self.index, self.index, self.head_row, nl.add)
+        _integer(self.index, self.index, self.minus_one, nl.maximum)
+
+
+def _integer(dst, data1, data2, op):
+    """Exact int32 arithmetic."""
+    nisa.tensor_tensor(dst=dst, data1=data1, data2=data2, op=op, engine=nisa.engine.gpsimd)
+
+
+def log2(n):
+    """Exponent of a power of two."""
+    exponent = 0
+    while 1 << exponent < n:
+        exponent += 1
+    return exponent
+
+
+def _write_tokens(tiles, key, value, kv_cache, slot_mapping, first):
+    """Write keys and values of one tile of tokens, from token `first` on."""
+    num_kv_heads, head_dim = key.shape[1], key.shape[2]
+    run = tiles.groups * head_dim
+    pattern = [[run, tiles.heads], [num_kv_heads * head_dim, tiles.tokens], [1, run]]
+    offset = first * num_kv_heads * head_dim
+    tiles.compute_index(slot_mapping, first, kv_cache.shape[3])
+    nisa.dma_copy(dst=tiles.key, src=key.ap(pattern, offset=offset))
+    nisa.dma_copy(dst=tiles.value, src=value.ap(pattern, offset=offset))
+    for g in range(tiles.groups):
+        _scatter_rows(tiles, kv_cache, tiles.key, tiles.k_inverse, g, 0)
+        _scatter_rows(tiles, kv_cache, tiles.value, tiles.v_inverse, g, 1)
+
+
+def _scatter_rows(tiles, kv_cache, loaded, inverse, g, which):
+    """Write the rows of head g of each partition: keys (which = 0) or values (1)."""
+    num_blocks, num_kv_heads, _, block_size, head_dim = kv_cache.shape
+    source = loaded[:, nl.ds(g * head_dim, head_dim)]
+    slot = (2 * g + which) % RING
+    stored = tiles.stored[slot]
+    if kv_cache.dtype in FP8_DTYPES:  # the quotient on ScalarE, the clamp on VectorE
+        scaled = tiles.scaled[slot]
+        nisa.activation(dst=scaled, op=nl.copy, data=source, scale=inverse[:, g : g + 1])
+        nisa.tensor_scalar(
+            dst=stored, data=scaled, op0=nl.minimum, operand0=FP8_E4M3_MAX, op1=nl.maximum, operand1=-FP8_E4M3_MAX
+        )
+    else:
+        nisa.tensor_copy(dst=stored, src=source, engine=nisa.engine.vector)
+    table = kv_cache.reshape((num_blocks * num_kv_heads * 2 * block_size, head_dim))
+    offset = (2 * num_kv_heads + 2 * g + which) * block_size * head_dim
+    target = table.ap(
+        [[head_dim, tiles.rows], [1, head_dim]], offset=offset, vector_offset=tiles.index, indirect_dim=0
+    )
+    nisa.dma_copy(dst=target, src=stored, oob_mode=nisa.oob_mode.skip)
+
+
+@nki.jit
+def copy_blocks(kv_cache, block_mapping):
+    """Copy whole blocks in place; every read precedes every write, so a destination may also be a source.
+
+    kv_cache [num_blocks, K, 2, B, D]; block_mapping [num_pairs, 2] int32 of (source, destination), destinations
+    distinct outside the null block. Pairs whose destination is the null block, or negative, are padding: dropped.
+    Returns kv_cache.
+
+    A block is moved in equal runs of elements; the runs of all pairs are read before any is written, and different
+    runs never meet.
+    """
+    num_blocks, num_kv_heads, _, block_size, head_dim = kv_cache.shape
+    num_pairs = block_mapping.shape[0]
+    elements = num_kv_heads * 2 * block_size * head_dim
+    run = copy_run_elements(num_pairs, elements, itemsize_of(kv_cache.dtype))
+    table = kv_cache.reshape((num_blocks, elements))
+    sources = []
+    targets = []
+    contents = []
+    for first in range(0, num_pairs, ROWS):
+        rows = min(ROWS, num_pairs - first)
+        sources.append(nl.ndarray((rows, 1), dtype=nl.int32, buffer=nl.sbuf))
+        targets.append(nl.ndarray((rows, 1), dtype=nl.int32, buffer=nl.sbuf))
+        contents.append(nl.ndarray((rows, run), dtype=kv_cache.dtype, buffer=nl.sbuf))
+    for i in range(len(sources)):
+        rows = sources[i].shape[0]
+        nisa.dma_copy(dst=sources[i], src=block_mapping[nl.ds(i * ROWS, rows), 0:1])
+        nisa.dma_copy(dst=targets[i], src=block_mapping[nl.ds(i * ROWS, rows), 1:2])
+        # Destinations count from block 1: the null block becomes -1 and is skipped. Block numbers are below 2^24.
+        nisa.tensor_scalar(dst=targets[i], data=targets[i], op0=nl.add, operand0=-1.0)
+        nisa.tensor_scalar(dst=sources[i], data=sources[i], op0=nl.maximum, operand0=0.0)  # padding reads block 0
+    for part in range(elements // run):
+        for i in range(len(sources)):
+            source = table.ap(
+                [[elements, sources[i].shape[0]], [1, run]],
+                offset=part * run,
+                vector_offset=sources[i],
+                indirect_dim=0,
+            )
+            nisa.dma_copy(dst=contents[i], src=source)
+        for i in range(len(sources)):
+            target = table.ap(
+                [[elements, targets[i].shape[0]], [1, run]],
+                offset=elements + part * run,
+                vector_offset=targets[i],
+                indirect_dim=0,
+            )
+            nisa.dma_copy(dst=target, src=contents[i], oob_mode=nisa.oob_mode.skip)
+    return kv_cache
+
+
+def itemsize_of(dtype):
+    """Bytes of one element of an NKI dtype."""
+    if dtype == nl.float32:
+        return 4
+    if dtype == nl.bfloat16 or dtype == nl.float16:
+        return 2
+    return 1

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modelled cost of paged_attention_prefill, reshape_and_cache, copy_blocks and rotary_embedding for a shape and target.
+
+Runs the kernel in the simulator on random data; nothing here is measured. Large prefill shapes are extrapolated from
+fewer query heads per KV head, in which the work is linear (within 10 % for small shapes); `is_extrapolated` says so.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from nki_kernels import simulator
+from nki_kernels.cache_ops import check_copy_blocks, check_reshape_and_cache, copy_blocks, reshape_and_cache
+from nki_kernels.hardware import generation
+from nki_kernels.paged_attention_prefill import check_paged_attention_prefill, paged_attention_prefill
+from nki_kernels.prefill_plan import PrefillBucket, choose_bucket, plan_prefill
+from nki_kernels.rotary_embedding import check_rotary_embedding, rotary_embedding
+
+NUMPY = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float8_e4m3": np.dtype(ml_dtypes.float8_e4m3),
+}
+MAX_SIMULATED_ITEMS = 330  # (Q tile, query head, fold) triples; about 0.1 s each
+
+
+@dataclass(frozen=True)
+class KernelEstimate:
+    """One modelled call. Times in ns, `fastest_ns`/`slowest_ns` with every disputed figure at its extremes.
+
+    useful_fraction_of_tensor_peak counts only the products that the result needs: masked ones and padding are waste.
+    """
+
+    kernel: str
+    target: str
+    num_cores: int
+    total_ns: float
+    fastest_ns: float
+    slowest_ns: float
+    num_instructions: int
+    dma_bytes: int
+    hbm_bytes: int
+    matmul_flops: float
+    useful_flops: float
+    bound_by: str
+    sbuf_high_water_bytes: int
+    is_extrapolated: bool = False
+
+    @property
+    def fraction_of_tensor_peak(self) -> float:
+        return self.matmul_flops / self._peak_flops
+
+    @property
+    def useful_fraction_of_tensor_peak(self) -> float:
+        return self.useful_flops / self._peak_flops
+
+    @property
+    def fraction_of_hbm(self) -> float:
+        return self.hbm_bytes / (self.total_ns * generation(self.target).hbm_bandwidth.value * self.num_cores)
+
+    @property
+    def fraction_of_dma(self) -> float:
+        return self.dma_bytes / (self.total_ns * generation(self.target).dma_bandwidth.value * self.num_cores)
+
+    @property
+    def _peak_flops(self) -> float:
+        """FLOP of the bf16 peak in the call's time."""
+        return generation(self.target).bf16_peak.value * 1e3 * self.total_ns * self.num_cores
+
+
+def _from_report(kernel: str, report: simulator.Report, useful_flops: float) -> KernelEstimate:
+    line = report.timeline
+    fast, slow = report.range_ns
+    return KernelEstimate(
+        kernel,
+        report.target,
+        len(report.events),
+        line.total_ns,
+        fast,
+        slow,
+        report.num_instructions,
+        line.dma_bytes,
+        line.hbm_bytes,
+        line.matmul_flops,
+        useful_flops,
+        report.bound(),
+        report.sbuf_high_water_bytes,
+    )
+
+
+def _random_cache(num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: str) -> np.ndarray:
+    shape = (num_blocks, num_kv_heads, 2, block_size, head_dim)
+    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32).astype(NUMPY[dtype])
+
+
+def estimate_prefill(
+    chunk_lens: tuple[int, ...],
+    past_lens: tuple[int, ...],
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int = 32,
+    dtype: str = "bfloat16",
+    cache_dtype: str = "",
+    target: str = "trn2",
+    num_cores: int = 1,
+    sliding_window: int = 0,
+    bucket: PrefillBucket | None = None,
+) -> KernelEstimate:
+    """Prefill of one chunk per sequence over its past; `bucket` defaults to the exact one."""
+    context_lens = np.array(chunk_lens, np.int32) + np.array(past_lens, np.int32)
+    cu_seqlens_q = np.concatenate([[0], np.cumsum(chunk_lens)]).astype(np.int32)
+    num_tokens = int(cu_seqlens_q[-1])
+    cache_dtype = cache_dtype or dtype
+    bucket = bucket or choose_bucket(context_lens, cu_seqlens_q, num_tokens, sliding_window=sliding_window, exact=True)
+    check_paged_attention_prefill(
+        num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size, dtype=dtype,
+        cache_dtype=cache_dtype, bucket=bucket, target=target, num_cores=num_cores, sliding_window=sliding_window,
+    )
+    num_live = -(-context_lens // block_size)
+    num_blocks = int(num_live.sum()) + 1
+    order = 1 + np.random.default_rng(1).permutation(num_blocks - 1).astype(np.int32)
+    table = np.zeros((len(num_live), int(num_live.max())), np.int32)
+    for row, (live, end) in enumerate(zip(num_live, np.cumsum(num_live), strict=True)):
+        table[row, :live] = order[end - live : end]
+    plan = plan_prefill(
+        table, context_lens, cu_seqlens_q, num_tokens=num_tokens, num_kv_heads=num_kv_heads, block_size=block_size,
+        bucket=bucket, sliding_window=sliding_window,
+    )
+    kv_cache = _random_cache(num_blocks, num_kv_heads, block_size, head_dim, cache_dtype)
+    scales: dict[str, Any] = {}
+    if cache_dtype.startswith("float8"):
+        scales = {name: np.ones(num_kv_heads, np.float32) for name in ("k_scale", "v_scale")}
+
+    def simulate(heads_per_kv_head: int) -> KernelEstimate:
+        heads = heads_per_kv_head * num_kv_heads
+        query = np.random.default_rng(2).standard_normal((num_tokens, heads, head_dim)).astype(NUMPY[dtype])
+        report = simulator.run(
+            paged_attention_prefill, query, kv_cache, plan.q_rows, plan.out_rows, plan.q_range, plan.kv_rows,
+            segments=bucket.segments, row_tokens=bucket.row_tokens, softmax_scale=head_dim**-0.5,
+            sliding_window=sliding_window, target=target, grid=num_cores, **scales,
+        ).report
+        useful = heads * useful_prefill_flops(chunk_lens, past_lens, head_dim, sliding_window)
+        return _from_report("paged_attention_prefill", report, useful)
+
+    group = num_heads // num_kv_heads
+    items = sum(q_tiles * folds for q_tiles, folds, _ in bucket.segments) * num_kv_heads
+    few = max(2, MAX_SIMULATED_ITEMS // max(items, 1))
+    if group <= few:
+        return simulate(group)
+    return _extrapolate(simulate(few - 1), simulate(few), few, group)
+
+
+def useful_prefill_flops(
+    chunk_lens: tuple[int, ...], past_lens: tuple[int, ...], head_dim: int, sliding_window: int = 0
+) -> float:
+    """FLOP of one query head: 4·head_dim for each (query token, visible token)."""
+    total = 0
+    for chunk, past in zip(chunk_lens, past_lens, strict=True):
+        visible = past + 1 + np.arange(chunk)
+        total += int((np.minimum(visible, sliding_window) if sliding_window > 0 else visible).sum())
+    return 4.0 * head_dim * total
+
+
+def _extrapolate(low: KernelEstimate, high: KernelEstimate, heads: int, wanted: int) -> KernelEstimate:
+    """Linear in the query heads per KV head, from heads - 1 and heads."""
+    step = wanted - heads
+
+    def line(name: str) -> float:
+        return getattr(high, name) + step * (getattr(high, name) - getattr(low, name))
+
+    return replace(
+        high,
+        total_ns=line("total_ns"),
+        fastest_ns=line("fastest_ns"),
+        slowest_ns=line("slowest_ns"),
+        num_instructions=int(line("num_instructions")),
+        dma_bytes=int(line("dma_bytes")),
+        hbm_bytes=int(line("hbm_bytes")),
+        matmul_flops=line("matmul_flops"),
+        useful_flops=line("useful_flops"),
+        is_extrapolated=True,
+    )
+
+
+def estimate_reshape_and_cache(
+    num_tokens: int, *, num_kv_heads: int, head_dim: int, block_size: int = 32, dtype: str = "bfloat16",
+    cache_dtype: str = "", target: str = "trn2",
+) -> KernelEstimate:
+    """One call that writes `num_tokens` tokens to random slots."""
+    cache_dtype = cache_dtype or dtype
+    num_blocks = 1 + -(-num_tokens // block_size)
+    check_reshape_and_cache(num_tokens, num_blocks, num_kv_heads, block_size, head_dim, dtype, cache_dtype)
+    key = np.ones((num_tokens, num_kv_heads, head_dim), NUMPY[dtype])
+    kv_cache = _random_cache(num_blocks, num_kv_heads, block_size, head_dim, cache_dtype)
+    slots = block_size + np.random.default_rng(3).permutation((num_blocks - 1) * block_size)[:num_tokens]
+    report = simulator.run(reshape_and_cache, key, key, kv_cache, slots.astype(np.int32), target=target).report
+    return _from_report("reshape_and_cache", report, 0.0)
+
+
+def estimate_copy_blocks(
+    num_pairs: int, *, num_kv_heads: int, head_dim: int, block_size: int = 32, cache_dtype: str = "bfloat16",
+    target: str = "trn2",
+) -> KernelEstimate:
+    """One call that copies `num_pairs` blocks."""
+    num_blocks = 1 + 2 * num_pairs
+    check_copy_blocks(num_pairs, num_blocks, num_kv_heads, block_size, head_dim, cache_dtype)
+    kv_cache = _random_cache(num_blocks, num_kv_heads, block_size, head_dim, cache_dtype)
+    pairs = 1 + np.random.default_rng(4).permutation(2 * num_pairs).reshape(num_pairs, 2).astype(np.int32)
+    report = simulator.run(copy_blocks, kv_cache, pairs, target=target).report
+    return _from_report("copy_blocks", report, 0.0)
+
+
+def estimate_rotary_embedding(
+    num_tokens: int, *, num_heads: int, num_kv_heads: int, head_dim: int, rot_dim: int = 0, dtype: str = "bfloat16",
+    interleaved: bool = False, target: str = "trn2",
+) -> KernelEstimate:
+    """One call; rot_dim defaults to head_dim."""
+    rot_dim = rot_dim or head_dim
+    check_rotary_embedding(num_tokens, num_heads, num_kv_heads, head_dim, rot_dim, 4096, dtype)
+    query, key = (np.ones((num_tokens, heads, head_dim), NUMPY[dtype]) for heads in (num_heads, num_kv_heads))
+    positions = np.arange(num_tokens, dtype=np.int32) % 4096
+    table = np.ones((4096, rot_dim), np.float32)
+    report = simulator.run(
+        rotary_embedding, positions, query, key, table, interleaved=interleaved, target=target
+    ).report
+    return _from_report("rotary_embedding", report, 0.0)
