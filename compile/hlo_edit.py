@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing and changing HLO: must-alias entries, custom calls that update an operand in place, calls inlined.
+"""Writing and changing HLO: must-alias entries, in-place custom calls, calls inlined, 64-bit integers narrowed.
 
 Works on serialised modules without XLA or a protobuf library. hlo.py owns the reading and says what the fields are.
 """
@@ -8,11 +8,23 @@ from collections.abc import Mapping, Sequence
 
 from compile.graph_spec import TensorSpec
 from compile.hlo import MUST_ALIAS, PRIMITIVE_TYPES, Computation, Instruction, parse_module
-from compile.protobuf import BYTES, Field, integer, packed, read_fields, submessage, text, varint, write_fields
+from compile.protobuf import (
+    BYTES,
+    Field,
+    integer,
+    integers,
+    packed,
+    read_fields,
+    submessage,
+    text,
+    varint,
+    write_fields,
+)
 
 _TYPE_NUMBERS = {name: number for number, name in PRIMITIVE_TYPES.items()}
 # XLA's API_VERSION_STATUS_RETURNING: what the documented HLO of an NKI kernel carries.
 API_VERSION_STATUS_RETURNING = 2
+API_VERSION_STATUS_RETURNING_UNIFIED = 3
 
 
 def must_alias(output_to_parameter: Mapping[int, int]) -> bytes:
@@ -121,19 +133,116 @@ def _inlined(encoded: Field, wrapped: Mapping[int, Computation]) -> Field:
     return Field(2, BYTES, write_fields([*kept, *taken, Field(36, BYTES, operands)]))
 
 
-def without_metadata(hlo: bytes) -> bytes:
-    """The module without source locations, so that its bytes do not depend on where the model's code lies."""
+def for_xla_cpu(hlo: bytes) -> bytes:
+    """The module with custom calls in the only form in which XLA:CPU hands their backend config to a callback."""
     fields = []
     for top in read_fields(hlo):
         if top.number == 3 and isinstance(top.value, bytes):
-            parts = []
-            for part in read_fields(top.value):
-                if part.number == 2 and isinstance(part.value, bytes):
-                    kept = [f for f in read_fields(part.value) if f.number != 7]
-                    part = Field(2, BYTES, write_fields(kept))
-                parts.append(part)
+            parts = [
+                Field(2, BYTES, write_fields(map(_as_unified_call, read_fields(part.value))))
+                if part.number == 2 and isinstance(part.value, bytes)
+                else part
+                for part in read_fields(top.value)
+            ]
             top = Field(3, BYTES, write_fields(parts))
-        elif top.number == 25:  # HloModuleProto.stack_frame_index
-            continue
         fields.append(top)
     return write_fields(fields)
+
+
+def _as_unified_call(field: Field) -> Field:
+    is_version = field.number == 77 and field.value == API_VERSION_STATUS_RETURNING
+    return field._replace(value=API_VERSION_STATUS_RETURNING_UNIFIED) if is_version else field
+
+
+def normalise(hlo: bytes, name: str) -> bytes:
+    """The module called `name`, without source locations and with 64-bit integers narrowed to 32 bits.
+
+    Without locations the bytes don't depend on where the model's code lies. torch computes indices and scalars in
+    int64, which neuronx-cc narrows or refuses depending on version and flags; here it happens once, and visibly. The
+    largest and smallest int64, with which reductions start, become those of int32; ValueError for any other constant
+    that needs more than 32 bits.
+    """
+    fields = []
+    for top in read_fields(hlo):
+        if top.number == _STACK_FRAME_INDEX:
+            continue
+        if isinstance(top.value, bytes):
+            if top.number == 1:
+                top = Field(1, BYTES, name.encode())
+            elif top.number == 3:
+                top = Field(3, BYTES, write_fields(_normalised_computation(top.value)))
+            elif top.number == 4:
+                top = Field(4, BYTES, _narrow_program_shape(top.value))
+        fields.append(top)
+    return write_fields(fields)
+
+
+_STACK_FRAME_INDEX = 17  # of HloModuleProto
+_INT64, _INT32 = _TYPE_NUMBERS["int64"], _TYPE_NUMBERS["int32"]
+_INT32_RANGE = (-(2**31), 2**31 - 1)
+_INT64_RANGE = (-(2**63), 2**63 - 1)
+
+
+def _normalised_computation(data: bytes) -> list[Field]:
+    parts = []
+    for part in read_fields(data):
+        if isinstance(part.value, bytes):
+            if part.number == 2:
+                part = Field(2, BYTES, write_fields(_normalised_instruction(part.value)))
+            elif part.number == 4:
+                part = Field(4, BYTES, _narrow_program_shape(part.value))
+        parts.append(part)
+    return parts
+
+
+def _normalised_instruction(data: bytes) -> list[Field]:
+    fields = []
+    for f in read_fields(data):
+        if f.number == 7:  # OpMetadata
+            continue
+        if f.number == 3 and isinstance(f.value, bytes):
+            f = Field(3, BYTES, _narrow_shape(f.value))
+        elif f.number == 8 and isinstance(f.value, bytes):
+            f = Field(8, BYTES, _narrow_literal(f.value))
+        fields.append(f)
+    return fields
+
+
+def _narrow_shape(data: bytes) -> bytes:
+    fields = []
+    for f in read_fields(data):
+        if f.number == 2 and f.value == _INT64:
+            f = f._replace(value=_INT32)
+        elif f.number == 4 and isinstance(f.value, bytes):
+            f = f._replace(value=_narrow_shape(f.value))
+        fields.append(f)
+    return write_fields(fields)
+
+
+def _narrow_program_shape(data: bytes) -> bytes:
+    """ProgramShapeProto: parameters (1), result (2)."""
+    fields = list(read_fields(data))
+    return write_fields(
+        f._replace(value=_narrow_shape(f.value)) if f.number in (1, 2) and isinstance(f.value, bytes) else f
+        for f in fields
+    )
+
+
+def _narrow_literal(data: bytes) -> bytes:
+    """LiteralProto: shape (1), s32s (4), s64s (5), tuple_literals (10)."""
+    fields = []
+    for f in read_fields(data):
+        if isinstance(f.value, bytes) and f.number in (1, 10):
+            f = f._replace(value=(_narrow_shape if f.number == 1 else _narrow_literal)(f.value))
+        elif f.number == 5:
+            f = Field(4, BYTES, b"".join(varint(_narrow(value)) for value in integers(f)))
+        fields.append(f)
+    return write_fields(fields)
+
+
+def _narrow(value: int) -> int:
+    if value in _INT64_RANGE:
+        return _INT32_RANGE[_INT64_RANGE.index(value)]
+    if not _INT32_RANGE[0] <= value <= _INT32_RANGE[1]:
+        raise ValueError(f"hlo: got the integer constant {value}, need one of 32 bits.")
+    return value
