@@ -127,7 +127,8 @@ def _inlined(encoded: Field, wrapped: Mapping[int, Computation]) -> Field:
         return encoded
     arguments = call.integer_values(36)
     numbers = [callee.by_id[i].parameter_number for i in callee.root.operand_ids]
-    kept = [f for f in outer if f.number in (1, 3, 7, 35)]  # name, shape, metadata, id
+    name = f"custom-call.{call.integer_values(35)[0]}"
+    kept = [Field(1, BYTES, name.encode()), *(f for f in outer if f.number in (3, 7, 35))]  # shape, metadata, id
     taken = [f for f in callee.root.fields if f.number not in (1, 3, 7, 35, 36)]
     operands = b"".join(varint(arguments[number or 0]) for number in numbers)
     return Field(2, BYTES, write_fields([*kept, *taken, Field(36, BYTES, operands)]))

@@ -18,6 +18,7 @@ from compile import hlo_edit
 from compile.errors import CompileError, LoweringError
 from compile.graph_spec import ELEMENT_BYTES, GraphSpec, TensorSpec
 from compile.hlo import Module, parse_module
+from compile.hlo_sources import model_sources
 from compile.kernel_calls import RecordingKernelCompiler, use_kernel_compiler
 from compile.lower import TORCH_VERSION, TORCH_XLA_VERSION, LoweringRequest
 from compile.lowered_graph import LoweredGraph, LoweringCost, Manifest, Parameter, Role
@@ -25,7 +26,8 @@ from compile.lowered_graph import LoweredGraph, LoweringCost, Manifest, Paramete
 if TYPE_CHECKING:
     from torch import Tensor
 
-_TORCH_FILES = ("/torch/", "/torch_xla/", "/compile/trace.py", "<frozen")
+# Parts of the paths of files that are not the model's own.
+_FOREIGN_FILES = ("/torch/", "/torch_xla/", "/compile/", "/neuron_paged/ops/", "<frozen", "<string>")
 
 
 def main(arguments: list[str]) -> None:
@@ -111,7 +113,7 @@ def trace(request: LoweringRequest) -> LoweredGraph:
     )
     module = parse_module(hlo)
     _check_state_is_updated(spec, module)
-    sources = {i.id: i.source for _, i in module.instructions() if i.source}
+    sources = model_sources(hlo, _is_foreign)
     try:
         hlo = hlo_edit.inline_kernel_calls(hlo_edit.normalise(hlo, spec.name)) + hlo_edit.must_alias(manifest.aliases)
     except ValueError as error:
@@ -214,10 +216,14 @@ def _check_state_is_updated(spec: GraphSpec, module: Module) -> None:
         raise LoweringError(f"{spec.name}: the step does not change the state {', '.join(names)}; make it an input.")
 
 
+def _is_foreign(file: str) -> bool:
+    return any(part in file for part in _FOREIGN_FILES)
+
+
 def _model_line(error: BaseException) -> str:
     """file:line of the innermost frame that is the model's own."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not any(part in frame.filename for part in _TORCH_FILES)]
+    own = [frame for frame in frames if not _is_foreign(frame.filename)]
     frame = (own or list(frames))[-1]
     return f"{frame.filename}:{frame.lineno}"
 
