@@ -85,3 +85,39 @@ class Scaled(torch.nn.Module):
 def returns(step):
     """A factory for a function: functools.partial(returns, step) is picklable."""
     return step
+
+
+def masked_fill(x: Tensor, s: Tensor) -> Tensor:
+    s.add_(x)
+    return s.masked_fill(x > 0, -1e9)
+
+
+def divide_by_three(x: Tensor, s: Tensor) -> Tensor:
+    s.add_(x)
+    return x.to(torch.int32) // 3
+
+
+def reinterpret(x: Tensor, s: Tensor) -> Tensor:
+    s.add_(x)
+    return s.view(torch.int32)
+
+
+def count_by_scatter(x: Tensor, s: Tensor) -> Tensor:
+    s.add_(x)
+    rows = x[:, 0].to(torch.int32)
+    return torch.zeros(8, dtype=torch.int32, device=x.device).index_add(0, rows, torch.ones_like(rows))
+
+
+def draw(x: Tensor, s: Tensor) -> Tensor:
+    s.add_(x)
+    return s + torch.rand(4, 8, device=x.device)
+
+
+def top_of_two(x: Tensor, s: Tensor) -> Tensor:
+    s.add_(x)
+    return s[:, :2].topk(1).values
+
+
+def returns_its_input(x: Tensor, s: Tensor) -> Tensor:
+    s.add_(x)
+    return x
