@@ -101,7 +101,12 @@ def _bitcast(module: Module, computation: Computation, i: Instruction, target: T
 
 
 def _integer_division(module: Module, computation: Computation, i: Instruction, target: Target) -> Iterator[Found]:
-    if i.opcode not in ("divide", "remainder") or _leaves(i)[0].dtype not in _INTEGERS:
+    if i.opcode == "floor":  # torch divides integers as floats and rounds down
+        i = computation.operands(i)[0]
+        dividend = computation.operands(i)[0] if i.opcode == "divide" else i
+        if dividend.opcode != "convert" or computation.operands(dividend)[0].shape.dtype not in _INTEGERS:
+            return
+    elif i.opcode not in ("divide", "remainder") or _leaves(i)[0].dtype not in _INTEGERS:
         return
     divisor = scalar_constant(computation, computation.operands(i)[1])
     if divisor is None or divisor <= 0 or divisor & (divisor - 1):

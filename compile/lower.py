@@ -59,7 +59,10 @@ def lower_graphs(requests: Sequence[LoweringRequest], *, python: Path | None = N
                 f"factory: got something that can't be sent to the lowering process ({error}), need a function of a "
                 "module, or functools.partial of one."
             ) from error
-        done = run_child("compile.trace", [name], python=python, environment=CHILD_ENVIRONMENT)
+        try:
+            done = run_child("compile.trace", [name], python=python, environment=CHILD_ENVIRONMENT)
+        except OSError as error:
+            raise LoweringError(f"python: {python} can't be run ({error.strerror}). Give one with: {INSTALL}.") from error
         status_file = folder / "status.json"
         if not status_file.is_file():
             raise LoweringError(

@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _missing_package() -> str | None:
-    for name, need in (("torch", TORCH_VERSION), ("torch_xla", TORCH_XLA_VERSION)):
+    for name, need in (("torch_xla", TORCH_XLA_VERSION), ("torch", TORCH_VERSION)):
         try:
             got = __import__(name).__version__
         except ImportError as error:
