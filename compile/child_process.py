@@ -24,7 +24,7 @@ def run_child(
     exception here (Ctrl-C too) kills it.
     """
     interpreter = Path(sys.executable) if python is None else python
-    search_path = [str(Path(entry).resolve()) for entry in sys.path if entry] + [str(Path.cwd())]
+    search_path = [str(Path(entry).resolve()) for entry in sys.path]  # "" is the working directory
     if python is not None and interpreter.absolute() != Path(sys.executable).absolute():
         foreign = (sys.prefix, sys.base_prefix, sys.exec_prefix)
         search_path = [entry for entry in search_path if not any(Path(entry).is_relative_to(p) for p in foreign)]
@@ -32,7 +32,7 @@ def run_child(
     code = (
         "import json, sys\n"
         "paths, module, arguments = json.loads(sys.argv[1])\n"
-        "sys.path[:] = sys.path[1:] + [p for p in paths if p not in sys.path]\n"
+        "sys.path[:] = paths + [p for p in sys.path[1:] if p not in paths]\n"
         "from importlib import import_module\n"
         "import_module(module).main(arguments)\n"
     )

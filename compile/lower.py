@@ -62,7 +62,7 @@ def lower_graphs(requests: Sequence[LoweringRequest], *, python: Path | None = N
         try:
             done = run_child("compile.trace", [name], python=python, environment=CHILD_ENVIRONMENT)
         except OSError as error:
-            raise LoweringError(f"python: {python} can't be run ({error.strerror}). Give one with: {INSTALL}.") from error
+            raise LoweringError(f"python: {python} can't be run ({error.strerror}). Make one: {INSTALL}.") from error
         status_file = folder / "status.json"
         if not status_file.is_file():
             raise LoweringError(

@@ -2,16 +2,18 @@
 """XLA implementations of the operators: kernels behind custom calls, or the plain operations of plain.py.
 
 Which of the two is one switch: `compile.kernel_calls.use_kernel_compiler`. Without a compiler (the default) any XLA
-device runs them. torch_xla is imported only when an operator runs on an XLA tensor.
+device runs them. torch_xla is never imported before an operator runs on an XLA tensor; where it functionalizes (its
+default), it has to be imported before this module, which then registers what it needs for that.
 """
 
+import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from compile.kernel_calls import active_kernel_compiler, emit_kernel, tensor_spec
+from neuron_paged.env import xla_functionalizes
 from neuron_paged.ops import checks, plain
 from neuron_paged.ops.schema import LIB
 
@@ -131,10 +133,7 @@ def _in_place(compute: Callable[..., Tensor], written: int) -> Callable[..., Non
 
 
 def _functionalized(name: str, compute: Callable[..., Tensor], written: int) -> Callable[..., None]:
-    """Kernel for the Functionalize key: torch_xla functionalizes by default and refuses a mutating operator without.
-
-    For other devices the operator itself runs on a copy, as functionalization would have it.
-    """
+    """Kernel for the Functionalize key, without which torch_xla refuses a mutating operator."""
 
     def unwrap(value: Tensor | None) -> Tensor | None:
         if not isinstance(value, Tensor) or not torch._is_functional_tensor(value):
@@ -143,19 +142,19 @@ def _functionalized(name: str, compute: Callable[..., Tensor], written: int) -> 
         return torch._from_functional_tensor(value)
 
     def kernel(*arguments: Tensor, **scales: Tensor | None) -> None:
-        plain_arguments = [unwrap(argument) for argument in arguments]
-        plain_scales = {key: unwrap(scale) for key, scale in scales.items()}
-        old = plain_arguments[written]
+        inner = [unwrap(argument) for argument in arguments]
+        inner_scales = {key: unwrap(scale) for key, scale in scales.items()}
+        old, wrapped = inner[written], arguments[written]
         assert old is not None
+        if old.device.type != "xla":
+            raise NotImplementedError(
+                f"{name}: got a tensor on {old.device} inside torch.compile or torch.export, in a process where "
+                "torch_xla functionalizes; set XLA_DISABLE_FUNCTIONALIZATION=1, or do this in another process."
+            )
         functionalize = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
         with torch._C._ExcludeDispatchKeyGuard(functionalize):
-            if old.device.type == "xla":
-                new = compute(*plain_arguments, **plain_scales)
-                torch._propagate_xla_data(old, new)  # keeps the donation of the cache's buffer
-            else:
-                new = plain_arguments[written] = old.clone()
-                getattr(torch.ops.neuron_paged, name)(*plain_arguments, **plain_scales)
-        wrapped = arguments[written]
+            new = compute(*inner, **inner_scales)
+            torch._propagate_xla_data(old, new)  # keeps the donation of the cache's buffer
         torch._C._replace_(wrapped, new)
         torch._C._commit_update(wrapped)
         torch._sync(wrapped)
@@ -172,5 +171,5 @@ for _name, _compute, _written in (
     ("swap_blocks", _new_swap_blocks, 1),
 ):
     LIB.impl(_name, _in_place(_compute, _written), "XLA")
-    if find_spec("torch_xla") is not None:
+    if "torch_xla" in sys.modules and xla_functionalizes():
         LIB.impl(_name, _functionalized(_name, _compute, _written), "Functionalize")

@@ -18,13 +18,13 @@ SPEC = GraphSpec("g", (TensorSpec("x", (2,), "float32"),), (), ("y",))
 
 @pytest.mark.skipif(find_spec("torch_xla") is not None, reason="this environment has torch_xla")
 def test_lowering_names_what_to_install() -> None:
-    with pytest.raises(MissingPackageError, match=r"torch_xla can't be imported .*need 2\.9\.0\. Install it: .*pip inst"):
+    with pytest.raises(MissingPackageError, match=r"torch_xla can't be imported .*need 2\.9\.0\. Install it: "):
         lower(partial(dict), SPEC)
 
 
 @pytest.mark.skipif(find_spec("jaxlib") is not None, reason="this environment has jaxlib")
 def test_hlo_cpu_names_what_to_install() -> None:
-    with pytest.raises(MissingPackageError, match=r"hlo-cpu: jaxlib can't be imported .*pip install --no-deps jaxlib=="):
+    with pytest.raises(MissingPackageError, match=r"jaxlib can't be imported .*pip install --no-deps jaxlib=="):
         HloCpuRuntime({})
 
 

@@ -10,6 +10,7 @@ import torch
 import torch_xla
 
 import neuron_paged.ops  # noqa: F401
+from neuron_paged.env import xla_functionalizes
 
 OPS = torch.ops.neuron_paged
 
@@ -62,15 +63,24 @@ def test_swap_between_devices_is_refused():
         OPS.swap_blocks(cache, cache.to(device), ints([1, 2]).to(device))
 
 
+def test_mutation_inside_torch_compile_on_the_cpu():
+    """With functionalization on it is refused instead of being lost."""
+    cache = torch.zeros(4, 1, 2, 8, 4)
+    compiled = torch.compile(lambda c, pairs: OPS.copy_blocks(c, pairs), backend="aot_eager", fullgraph=True)
+    cache[1] = 1
+    if xla_functionalizes():
+        with pytest.raises(Exception, match="set XLA_DISABLE_FUNCTIONALIZATION=1"):
+            compiled(cache, ints([1, 2]))
+    else:
+        compiled(cache, ints([1, 2]))
+        assert (cache[2] == 1).all()
+
+
 def test_everything_holds_with_functionalization_on():
-    """torch_xla's default. In a process of its own: the variable is read at import. The CPU's use inside torch.compile
-    and export goes through the same kernels there."""
-    root = Path(__file__).parents[2]
-    tests = ["tests/xla/test_ops_xla.py", "tests/cpu/test_ops_registration.py"]
+    """torch_xla's default. In a process of its own: the variable is read at import."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", *tests, "-m", "not slow",
-         "-k", "not functionalization and not exported and not swap_between"],
-        cwd=root, env={"PATH": "/usr/bin:/bin", "PJRT_DEVICE": "CPU", "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", __file__, "-k", "not holds"],
+        cwd=Path(__file__).parents[2], env={"PATH": "/usr/bin:/bin", "PJRT_DEVICE": "CPU", "OMP_NUM_THREADS": "1"},
         stdin=subprocess.DEVNULL, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
