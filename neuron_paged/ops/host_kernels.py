@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import neuron_paged.ops  # noqa: F401  registers torch.ops.neuron_paged
-from compile.executors import Kernel
+from compile.executors import Kernel, numpy_dtype
 from compile.kernel_calls import KernelCall
 
 
@@ -22,6 +22,13 @@ def as_tensor(array: NDArray[Any]) -> Tensor:
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
+
+
+def as_array(tensor: Tensor) -> NDArray[Any]:
+    """An array on a CPU tensor's memory; of bfloat16 as ml_dtypes has it."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(numpy_dtype("bfloat16"))
+    return tensor.numpy()
 
 
 def run_operator(call: KernelCall, operands: Sequence[NDArray[Any]], results: Sequence[NDArray[Any]]) -> None:
