@@ -45,7 +45,7 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 
 def _array_at(address: int, spec: TensorSpec) -> NDArray[Any]:
     memory = (ctypes.c_char * spec.num_bytes).from_address(address)
-    return np.ndarray(spec.shape, numpy_dtype(spec.dtype), buffer=memory)
+    return np.frombuffer(memoryview(memory), numpy_dtype(spec.dtype)).reshape(spec.shape)
 
 
 class _Run:

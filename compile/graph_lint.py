@@ -175,7 +175,8 @@ def _round_trip(module: Module, computation: Computation, i: Instruction, target
             yield f"float32 → {inner.shape.dtype} → float32: the rounding is lost"
 
 
-E, W = "error", "warning"
+E: Severity = "error"
+W: Severity = "warning"
 RULES: tuple[InstructionRule, ...] = (
     InstructionRule("wide-integer", E, "64-bit integers are narrowed or refused, by version and flags", _wide_integer),
     InstructionRule("float64", E, "no code generation (NCC_ESPP004, NCC_EVRF004)", _float64),

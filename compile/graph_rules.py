@@ -31,10 +31,10 @@ def _state_aliases(module: Module, graph: LoweredGraph, target: Target) -> list[
         elif module.results[output] != module.parameters[parameter]:
             what = f"state {spec.name}: {module.parameters[parameter]} comes back as {module.results[output]}"
             found.append(Finding("state-alias", "error", what, reason))
-    state = {parameter for parameter in graph.manifest.aliases.values()}
-    for number, parameter in enumerate(graph.manifest.parameters):
-        if parameter.role == "state" and number not in state:
-            found.append(Finding("state-alias", "error", f"state {parameter.spec.name} has no output", reason))
+    state = set(graph.manifest.aliases.values())
+    for number, entry in enumerate(graph.manifest.parameters):
+        if entry.role == "state" and number not in state:
+            found.append(Finding("state-alias", "error", f"state {entry.spec.name} has no output", reason))
     return found
 
 

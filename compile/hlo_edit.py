@@ -167,14 +167,15 @@ def normalise(hlo: bytes, name: str) -> bytes:
     for top in read_fields(hlo):
         if top.number == _STACK_FRAME_INDEX:
             continue
-        if isinstance(top.value, bytes):
+        value = top.value
+        if isinstance(value, bytes):
             if top.number == 1:
-                top = Field(1, BYTES, name.encode())
+                value = name.encode()
             elif top.number == 3:
-                top = Field(3, BYTES, write_fields(_normalised_computation(top.value)))
+                value = write_fields(_normalised_computation(value))
             elif top.number == 4:
-                top = Field(4, BYTES, _narrow_program_shape(top.value))
-        fields.append(top)
+                value = _narrow_program_shape(value)
+        fields.append(top._replace(value=value))
     return write_fields(fields)
 
 
@@ -187,12 +188,13 @@ _INT64_RANGE = (-(2**63), 2**63 - 1)
 def _normalised_computation(data: bytes) -> list[Field]:
     parts = []
     for part in read_fields(data):
-        if isinstance(part.value, bytes):
+        value = part.value
+        if isinstance(value, bytes):
             if part.number == 2:
-                part = Field(2, BYTES, write_fields(_normalised_instruction(part.value)))
+                value = write_fields(_normalised_instruction(value))
             elif part.number == 4:
-                part = Field(4, BYTES, _narrow_program_shape(part.value))
-        parts.append(part)
+                value = _narrow_program_shape(value)
+        parts.append(part._replace(value=value))
     return parts
 
 

@@ -4,7 +4,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from compile.hlo import Instruction, parse_module
+from compile.hlo import Instruction, Module
 from compile.protobuf import integers, read_fields
 
 _STACK_FRAME_INDEX = 17  # of HloModuleProto
@@ -17,11 +17,14 @@ class _Frame(NamedTuple):
     parent: int
 
 
-def model_sources(hlo: bytes, is_foreign: Callable[[str], bool]) -> dict[int, str]:
-    """Instruction id → "file:line" of the innermost frame whose file is not foreign; ids without one are left out."""
+def model_sources(hlo: bytes, module: Module, is_foreign: Callable[[str], bool]) -> dict[int, str]:
+    """Instruction id → "file:line" of the innermost frame whose file is not foreign; ids without one are left out.
+
+    module: hlo, read.
+    """
     frames = _read_frames(hlo)
     found = {}
-    for _, instruction in parse_module(hlo).instructions():
+    for _, instruction in module.instructions():
         frame_id = _frame_id(instruction)
         while frame_id and is_foreign(frames[frame_id].file):
             frame_id = frames[frame_id].parent

@@ -72,13 +72,14 @@ def trace(request: LoweringRequest) -> LoweredGraph:
     compiler = None if request.kernel_compiler is None else RecordingKernelCompiler(request.kernel_compiler)
     step = request.factory()
     weights = _weights(step)
-    roles: dict[str, Role] = {s.name: "input" for s in spec.inputs} | {s.name: "state" for s in spec.state}
+    roles: dict[str, Role] = {s.name: "input" for s in spec.inputs}
+    roles.update((s.name, "state") for s in spec.state)
     clash = sorted(roles.keys() & weights.keys())
     if clash:
         raise LoweringError(f"{spec.name}: {', '.join(clash)} names both an input and a weight, need distinct names.")
     weight_specs = {name: _weight_spec(spec, name, tensor) for name, tensor in weights.items()}
     specs = {s.name: s for s in (*spec.inputs, *spec.state)} | weight_specs
-    roles |= dict.fromkeys(weights, "weight")
+    roles.update((name, "weight") for name in weights)
 
     start = time.perf_counter()
     placeholders = {
@@ -113,7 +114,7 @@ def trace(request: LoweringRequest) -> LoweredGraph:
     )
     module = parse_module(hlo)
     _check_state_is_updated(spec, module)
-    sources = model_sources(hlo, _is_foreign)
+    sources = model_sources(hlo, module, _is_foreign)
     try:
         hlo = hlo_edit.inline_kernel_calls(hlo_edit.normalise(hlo, spec.name)) + hlo_edit.must_alias(manifest.aliases)
     except ValueError as error:

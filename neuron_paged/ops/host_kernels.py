@@ -45,8 +45,8 @@ def run_operator(call: KernelCall, operands: Sequence[NDArray[Any]], results: Se
     if call.aliases:
         return
     outputs = returned if isinstance(returned, tuple) else (returned,)
-    for result, output in zip(results, outputs, strict=True):
-        as_tensor(result).copy_(output)
+    for array, output in zip(results, outputs, strict=True):
+        as_tensor(array).copy_(output)
 
 
 CPU_KERNELS: dict[str, Kernel] = dict.fromkeys(
