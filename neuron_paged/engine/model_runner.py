@@ -77,7 +77,7 @@ class ModelRunner:
     def execute(self, batch: Batch) -> StepResult:
         """Move blocks, run the model, sample. All tensors of the step are made here."""
         with torch.inference_mode():
-            self._move_blocks(batch)
+            self.move_blocks(batch)
             logits_indices, sample_rows, prompt = _logits_tensors(batch)
             clock = [time.perf_counter()]
             sampling = build_sampling_tensors(batch.sample_sequences, self.model.config.vocab_size)
@@ -111,7 +111,8 @@ class ModelRunner:
             prompt_logprobs = _to_numpy(output.prompt_logprobs, rows, prompt.token_ids.numpy().astype(np.int32))
         return StepResult(token_ids, logprobs, prompt_logprobs, sample_s)
 
-    def _move_blocks(self, batch: Batch) -> None:
+    def move_blocks(self, batch: Batch) -> None:
+        """Swap blocks out and in and copy blocks, as the batch says."""
         ops = torch.ops.neuron_paged
         for pairs, sources, targets in (
             (batch.swap_out, self.kv_caches, self.swap_caches),

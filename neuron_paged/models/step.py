@@ -54,21 +54,23 @@ class ModelStep:
         token_ids: Tensor,
         positions: Tensor,
         inputs: AttentionInputs,
-        logits_indices: Tensor,
+        logits_indices: Tensor | None,
         sample_rows: Tensor | None,
         sampling: SamplingTensors,
         kv_caches: list[Tensor],
         prompt: PromptLogprobTensors | None = None,
         on_logits: Callable[[], None] | None = None,
     ) -> StepOutput:
-        """token_ids, positions [T] i32; logits_indices [R] i32 tokens whose logits are sampled; sample_rows [S] i32 row
-        of logits of each sample, None = one sample per row in order. on_logits is called between model and sampling,
-        for a host that measures."""
+        """token_ids, positions [T] i32; logits_indices [R] i32 tokens whose logits are sampled, None = all in order;
+        sample_rows [S] i32 row of logits of each sample, None = one sample per row in order. on_logits is called
+        between model and sampling, for a host that measures."""
         hidden = self.model(token_ids, positions, inputs, kv_caches)
         prompt_logprobs = None if prompt is None else self._prompt_logprobs(hidden, prompt)
-        if logits_indices.shape[0] == 0:  # only prefill chunks that do not reach the last token
-            return StepOutput(logits_indices.long(), None, prompt_logprobs)
-        logits = self.model.compute_logits(hidden.index_select(0, logits_indices))
+        if logits_indices is not None:
+            if logits_indices.shape[0] == 0:  # only prefill chunks that do not reach the last token
+                return StepOutput(logits_indices.long(), None, prompt_logprobs)
+            hidden = hidden.index_select(0, logits_indices)
+        logits = self.model.compute_logits(hidden)
         if on_logits is not None:
             on_logits()
         if sample_rows is not None:

@@ -18,9 +18,9 @@ ENGINE_HOST = {
     f"neuron_paged/engine/{name}.py"
     for name in ("sequence", "block_allocator", "prefix_cache", "scheduler", "batch", "batch_checks", "metrics")
 }
-# Besides env.py: nki's own variable for the target, in a leaf that can't import env.py. (The peers' adapters in
-# bench/peers/ run in another environment, where neuron_paged does not exist.)
-ENVIRONMENT_READERS = {"neuron_paged/env.py", "nki_kernels/simulator/runner.py"}
+# Besides env.py, in leaves that can't import it: nki's own variable for the target, and what a child process inherits.
+# (The peers' adapters in bench/peers/ run in another environment, where neuron_paged does not exist.)
+ENVIRONMENT_READERS = {"neuron_paged/env.py", "nki_kernels/simulator/runner.py", "compile/child_process.py"}
 # A room may import rooms of a lower or equal number only.
 ROOM_ORDER = {"ops": 0, "models": 1, "integrations": 1, "engine": 2, "bench": 3, "serving": 3, "jobs": 3, "cli": 4}
 Finding = tuple[int, str]

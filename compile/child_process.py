@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a function of this project in a child process whose environment is pinned. The one file of this leaf that reads
+environment variables: torch_xla reads its own when it is imported, so they have to be set before the child starts.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+# Variables of the parent that would change what torch_xla traces or where it runs.
+_DROPPED_PREFIXES = ("XLA_", "PJRT_", "NEURON_", "TORCH_XLA", "TPU_")
+
+
+def run_child(
+    module: str, arguments: list[str], *, python: Path | None = None, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Call `module.main(arguments)` in a new interpreter and wait for it; its output is captured.
+
+    python: interpreter of another virtual environment; None = this one. The child sees what this process can import,
+    except for packages that this process's environment installed when it is another one. It ends with this call: an
+    exception here (Ctrl-C too) kills it.
+    """
+    interpreter = Path(sys.executable) if python is None else python
+    search_path = [str(Path(entry).resolve()) for entry in sys.path]  # "" is the working directory
+    if python is not None and interpreter.absolute() != Path(sys.executable).absolute():
+        foreign = (sys.prefix, sys.base_prefix, sys.exec_prefix)
+        search_path = [entry for entry in search_path if not any(Path(entry).is_relative_to(p) for p in foreign)]
+        search_path.insert(0, str(Path(__file__).resolve().parents[1]))
+    code = (
+        "import json, sys\n"
+        "paths, module, arguments = json.loads(sys.argv[1])\n"
+        "sys.path[:] = paths + [p for p in sys.path[1:] if p not in paths]\n"
+        "from importlib import import_module\n"
+        "import_module(module).main(arguments)\n"
+    )
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_DROPPED_PREFIXES)}
+    return subprocess.run(
+        [str(interpreter), "-c", code, json.dumps([search_path, module, arguments])],
+        env={**kept, "PYTHONHASHSEED": "0", **(environment or {})},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )

@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors of the compile layer. Wrong arguments raise ValueError; these are for what goes wrong with good arguments."""
+
+
+class CompileError(RuntimeError):
+    """A graph could not be lowered, checked, compiled or run."""
+
+
+class LoweringError(CompileError):
+    """A model step could not be turned into one static graph: the message names the step's line where it is known."""
+
+
+class MissingPackageError(CompileError):
+    """A package that this part needs is not installed, or in a version that does not work here."""
+
+
+class KernelError(CompileError):
+    """A kernel behind a custom call failed while a graph ran."""

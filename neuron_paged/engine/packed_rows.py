@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arrays of a step's sequences, which can be split, cut into chunks and padded to a bucket. numpy only.
+
+Owns what padding looks like: no live row ever reads it.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compile.buckets import DecodeTableBucket, PrefillTableBucket
+from neuron_paged.engine.batch import Batch
+
+Int32Array = NDArray[np.int32]
+TableBucket = DecodeTableBucket | PrefillTableBucket
+
+
+class PackedRows(NamedTuple):
+    """Consecutive rows of a batch, as in Batch; cu_seqlens_q starts at 0 and is always there.
+
+    logits_tokens [R]: tokens whose logits are wanted, ascending, at most one per row.
+    """
+
+    token_ids: Int32Array
+    positions: Int32Array
+    slot_mapping: Int32Array
+    block_table: Int32Array
+    context_lens: Int32Array
+    cu_seqlens_q: Int32Array
+    logits_tokens: Int32Array
+
+    @classmethod
+    def of(cls, batch: Batch) -> "PackedRows":
+        """All rows of a batch."""
+        starts = batch.cu_seqlens_q
+        if starts is None:
+            starts = np.arange(batch.num_seqs + 1, dtype=np.int32)
+        return cls(
+            batch.token_ids, batch.positions, batch.slot_mapping, batch.block_table, batch.context_lens, starts,
+            batch.logits_indices,
+        )  # fmt: skip
+
+    @property
+    def num_seqs(self) -> int:
+        return len(self.context_lens)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def is_decode(self) -> bool:
+        """Every row has exactly one token, and all logits are wanted."""
+        one_each = bool((np.diff(self.cu_seqlens_q) == 1).all())
+        return one_each and len(self.logits_tokens) == self.num_seqs
+
+    def need(self, block_size: int) -> TableBucket:
+        """The bucket that fits these rows exactly."""
+        width = max(1, -(-int(self.context_lens.max()) // block_size))
+        if self.is_decode:
+            return DecodeTableBucket(self.num_seqs, width)
+        return PrefillTableBucket(self.num_seqs, self.num_tokens, width)
+
+    def rows(self, start: int, stop: int) -> "PackedRows":
+        """Rows [start, stop)."""
+        first, last = int(self.cu_seqlens_q[start]), int(self.cu_seqlens_q[stop])
+        wanted = self.logits_tokens[(self.logits_tokens >= first) & (self.logits_tokens < last)] - np.int32(first)
+        return PackedRows(
+            self.token_ids[first:last], self.positions[first:last], self.slot_mapping[first:last],
+            self.block_table[start:stop], self.context_lens[start:stop],
+            self.cu_seqlens_q[start : stop + 1] - np.int32(first), wanted,
+        )  # fmt: skip
+
+    def chunks(self, num_tokens: int) -> tuple["PackedRows", "PackedRows"]:
+        """The first num_tokens tokens of the only row, and the rest, which sees them as cached context."""
+        assert self.num_seqs == 1 and 0 < num_tokens < self.num_tokens
+        rest = self.num_tokens - num_tokens
+        head = self.logits_tokens[self.logits_tokens < num_tokens]
+        tail = self.logits_tokens[self.logits_tokens >= num_tokens] - np.int32(num_tokens)
+        return (
+            PackedRows(
+                self.token_ids[:num_tokens], self.positions[:num_tokens], self.slot_mapping[:num_tokens],
+                self.block_table, self.context_lens - np.int32(rest), np.array([0, num_tokens], np.int32), head,
+            ),
+            PackedRows(
+                self.token_ids[num_tokens:], self.positions[num_tokens:], self.slot_mapping[num_tokens:],
+                self.block_table, self.context_lens, np.array([0, rest], np.int32), tail,
+            ),
+        )  # fmt: skip
+
+    def padded(self, bucket: TableBucket, block_size: int) -> dict[str, Int32Array]:
+        """Inputs of the bucket's graph by name.
+
+        Padded rows have a context of 0. Padded tokens write into the null block's slots from 1 on, each into another
+        one while there are enough: rows that write one slot together were reported to race on devices, and slot 0 is
+        what padded block tables point at.
+        """
+        is_decode = isinstance(bucket, DecodeTableBucket)
+        num_tokens = bucket.num_seqs if isinstance(bucket, DecodeTableBucket) else bucket.num_tokens
+        slots = np.arange(num_tokens, dtype=np.int32) % np.int32(block_size - 1) + np.int32(1)
+        slots[: self.num_tokens] = self.slot_mapping
+        width = min(self.block_table.shape[1], bucket.max_blocks_per_seq)
+        table = np.zeros((bucket.num_seqs, bucket.max_blocks_per_seq), np.int32)
+        table[: self.num_seqs, :width] = self.block_table[:, :width]
+        inputs = {
+            "token_ids": _extended(self.token_ids, num_tokens),
+            "positions": _extended(self.positions, num_tokens),
+            "slot_mapping": slots,
+            "block_table": table,
+            "context_lens": _extended(self.context_lens, bucket.num_seqs),
+        }
+        if not is_decode:
+            inputs["cu_seqlens_q"] = _extended(self.cu_seqlens_q, bucket.num_seqs + 1, self.num_tokens)
+            inputs["logits_indices"] = _extended(self.logits_tokens, bucket.num_seqs)
+        return inputs
+
+
+def _extended(values: Int32Array, size: int, fill: int = 0) -> Int32Array:
+    out = np.full(size, fill, np.int32)
+    out[: len(values)] = values
+    return out

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Continuous batching through compiled buckets gives the eager engine's greedy output, token by token, whatever the
+traffic; nothing is compiled while serving, and what fits no bucket is finished by a counted fallback."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from compile.buckets import decode_table_grid, prefill_table_grid
+from neuron_paged.config import CacheConfig, EngineConfig, SchedulerConfig
+from neuron_paged.engine.graph_runner import GraphRunner, GraphStats
+from neuron_paged.engine.llm_engine import LLMEngine
+from neuron_paged.engine.model_runner import ModelRunner
+from neuron_paged.engine.sampling import SamplingParams
+from neuron_paged.ops.host_kernels import CPU_KERNELS
+from tests.xla.tiny_model import BLOCK_SIZE, make_model
+
+CACHE = CacheConfig(block_size=BLOCK_SIZE, num_blocks=17, num_swap_blocks=4)
+# Too few blocks for all requests at once: sequences are preempted and come back with other block tables.
+SCHEDULER = SchedulerConfig(max_num_seqs=6, max_num_batched_tokens=40, max_model_len=64)
+
+
+def make_runner(kernels: bool) -> GraphRunner:
+    decode = decode_table_grid([2, 4], [2, 4])
+    prefill = prefill_table_grid([1, 4], [16], [4])
+    return GraphRunner(make_model(), CACHE, decode, prefill, kernels=CPU_KERNELS if kernels else None)
+
+
+@pytest.fixture(scope="module")
+def runners() -> dict[str, GraphRunner]:
+    return {"kernels": make_runner(True), "plain": make_runner(False)}
+
+
+def serve(executor, requests: list[tuple[int, list[int], int]], **params) -> dict[str, list[list[int]]]:
+    """Output token ids; requests: (step at which it arrives, prompt, number of tokens)."""
+    engine = LLMEngine(EngineConfig(CACHE, SCHEDULER), executor, vocab_size=300)
+    outputs: dict[str, list[list[int]]] = {}
+    waiting = sorted(enumerate(requests), key=lambda item: item[1][0])
+    for step in range(2000):
+        while waiting and waiting[0][1][0] <= step:
+            index, (_, prompt, count) = waiting.pop(0)
+            settings = {"temperature": 0, "max_tokens": count, "ignore_eos": True} | params
+            engine.add_request(str(index), {"prompt_token_ids": prompt}, SamplingParams(**settings))
+        if not waiting and not engine.has_unfinished_requests():
+            return outputs
+        for output in engine.step() if engine.has_unfinished_requests() else ():
+            if output.finished:
+                outputs[output.request_id] = [list(c.token_ids) for c in output.outputs]
+    raise AssertionError("the requests never finished")
+
+
+def reset(runner: GraphRunner) -> None:
+    """As new: zeroed caches and counters."""
+    for cache in runner.kv_caches:
+        cache.zero_()
+    runner.stats = GraphStats()
+
+
+TRAFFIC = [(0, list(range(3, 10)), 20), (0, list(range(40, 63)), 15), (2, [5] * 30, 12), (3, [9, 8], 25),
+           (3, list(range(3, 12)), 9), (9, list(range(100, 140)), 10)]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["kernels", "plain"])
+def test_continuous_batching_equals_the_eager_engine(runners: dict[str, GraphRunner], way: str) -> None:
+    runner = runners[way]
+    reset(runner)
+    addresses = [cache.data_ptr() for cache in runner.kv_caches]
+    expected = serve(ModelRunner(make_model(), CACHE), TRAFFIC)
+    assert serve(runner, TRAFFIC) == expected
+    assert len({tuple(tokens) for output in expected.values() for tokens in output}) == len(TRAFFIC)
+    assert runner.runtime.num_compiles == 6  # one per bucket, none while serving
+    assert [cache.data_ptr() for cache in runner.kv_caches] == addresses
+    assert len(runner.stats.runs) >= 4 and not runner.stats.fallbacks["sampling"]
+    # More than four sequences, and more than 16 tokens at once, fit no bucket.
+    assert runner.stats.fallbacks["split"] and runner.stats.fallbacks["chunk"]
+    assert runner.stats.padding["decode_table.num_seqs"] and runner.stats.needed["decode_table.num_seqs"]
+
+
+def test_a_sequence_that_outgrows_every_bucket_finishes(runners: dict[str, GraphRunner]) -> None:
+    runner = runners["kernels"]
+    reset(runner)
+    traffic = [(0, list(range(20, 50)), 30)]  # 60 tokens: 8 blocks, buckets have 4
+    assert serve(runner, traffic) == serve(ModelRunner(make_model(), CACHE), traffic)
+    assert runner.stats.fallbacks["eager"] > 20
+
+
+def test_samplings_that_graphs_lack_run_eagerly(runners: dict[str, GraphRunner]) -> None:
+    runner = runners["kernels"]
+    reset(runner)
+    settings = {"temperature": 1.0, "seed": 3, "n": 2}
+    assert serve(runner, TRAFFIC[:2], **settings) == serve(ModelRunner(make_model(), CACHE), TRAFFIC[:2], **settings)
+    assert runner.stats.fallbacks["sampling"] and not runner.stats.runs
+
+
+REQUEST = st.tuples(st.integers(0, 12), st.lists(st.integers(0, 299), min_size=1, max_size=40), st.integers(1, 20))
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(requests=st.lists(REQUEST, min_size=1, max_size=6), way=st.sampled_from(["kernels", "plain"]))
+def test_random_traffic_equals_the_eager_engine(runners: dict[str, GraphRunner], requests, way: str) -> None:
+    runner = runners[way]
+    reset(runner)
+    assert serve(runner, requests) == serve(ModelRunner(make_model(), CACHE), requests)
+    assert runner.runtime.num_compiles == 6
+
+
+def test_padding_never_reaches_a_live_row(runners: dict[str, GraphRunner]) -> None:
+    """NaN in the null block, where padding is read from and written to."""
+    for runner in runners.values():
+        reset(runner)
+        for cache in runner.kv_caches:
+            cache[0] = torch.nan
+        assert serve(runner, TRAFFIC[:3]) == serve(ModelRunner(make_model(), CACHE), TRAFFIC[:3])
+        assert all(np.isfinite(cache[1:].numpy()).all() for cache in runner.kv_caches)
