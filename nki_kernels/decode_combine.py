@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Combine of the paged decode kernel: partial outputs of (fold, sequence) pairs to one output row per query token.
+
+Weights exp(m - M) are computed with batch rows on partitions and pairs on the free axis, transposed, and applied by a
+matmul over pairs; the same rounded weights enter numerator and denominator. Legend: see `decode_tiles`.
+"""
+
+from dataclasses import dataclass
+
+from nki_kernels.decode_stages import load_broadcast
+from nki_kernels.decode_tiles import PMAX, PSUM_FP32, DecodeSizes, DecodeTiles
+from nki_kernels.toolchain import nisa, nl
+
+FLOOR = -(2.0**35)  # maximum of a batch row without pairs: above the penalty of foreign pairs, below any masked score
+MAX_SINK_EXPONENT = 80.0  # a sink this far above every score makes the output zero; exp stays finite
+TINY = 1e-30
+
+
+@dataclass
+class CombineTiles(nl.NKIObject):
+    """SBUF of the combine, allocated once; lists are per 128 batch rows or per 128 pairs."""
+
+    masked: object  # [128, C1, J+1] fp32, the last column FLOOR
+    weights: object  # [128, C1, J] partial_dtype
+    weighted: object  # [128, C1, J] fp32
+    weights_t: list  # per 128 pairs [J', C1, n]
+    partial_t: list  # per 128 pairs [J', C1, D]
+    best: list  # per 128 rows [n, H, C1] fp32, maximum of the scores
+    total: list  # per 128 rows [n, H, C1] fp32, denominator
+    inverse: object  # [128, H·C1] fp32
+    result: list  # per 128 rows [n, H, C1, D], fp32 numerators if cores share the folds
+    sinks: object  # [128, H·G] fp32
+    sink_terms: object  # [128, H, C1] fp32
+    value_scale: object  # [128, H] fp32
+
+
+def allocate_combine(z: DecodeSizes) -> CombineTiles:
+    pairs, columns = z.num_pairs, z.columns
+    rows = min(z.num_seqs, PMAX)
+    weights_t, partial_t, best, total, result = [], [], [], [], []
+    for j0 in range(0, pairs, PMAX):
+        count = min(pairs - j0, PMAX)
+        weights_t.append(nl.ndarray((count, columns, rows), dtype=z.partial_dtype, buffer=nl.sbuf))
+        partial_t.append(nl.ndarray((count, columns, z.head_dim), dtype=z.partial_dtype, buffer=nl.sbuf))
+    for n0 in range(0, z.num_seqs, PMAX):
+        n = min(z.num_seqs - n0, PMAX)
+        best.append(nl.ndarray((n, z.heads, columns), dtype=nl.float32, buffer=nl.sbuf))
+        total.append(nl.ndarray((n, z.heads, columns), dtype=nl.float32, buffer=nl.sbuf))
+        result_dtype = nl.float32 if z.shards > 1 else z.dtype
+        result.append(nl.ndarray((n, z.heads, columns, z.head_dim), dtype=result_dtype, buffer=nl.sbuf))
+    return CombineTiles(
+        masked=nl.ndarray((rows, columns, pairs + 1), dtype=nl.float32, buffer=nl.sbuf),
+        weights=nl.ndarray((rows, columns, pairs), dtype=z.partial_dtype, buffer=nl.sbuf),
+        weighted=nl.ndarray((rows, columns, pairs), dtype=nl.float32, buffer=nl.sbuf),
+        weights_t=weights_t,
+        partial_t=partial_t,
+        best=best,
+        total=total,
+        inverse=nl.ndarray((rows, z.heads * columns), dtype=nl.float32, buffer=nl.sbuf),
+        result=result,
+        sinks=nl.ndarray((PMAX, z.heads * z.group), dtype=nl.float32, buffer=nl.sbuf),
+        sink_terms=nl.ndarray((rows, z.heads, columns), dtype=nl.float32, buffer=nl.sbuf),
+        value_scale=nl.ndarray((PMAX, z.heads), dtype=nl.float32, buffer=nl.sbuf),
+    )
+
+
+def setup_combine(z: DecodeSizes, w: CombineTiles, sinks, v_scale) -> None:
+    """The floor column and the optional per-head operands."""
+    nisa.memset(dst=w.masked[:, :, z.num_pairs : z.num_pairs + 1], value=FLOOR)
+    if sinks is not None:  # nki-lint: allow is-none decided by the host; AWS's own kernels rely on it
+        load_broadcast(w.sinks, sinks, z.first_head * z.group, z.heads * z.group)
+    if v_scale is not None:  # nki-lint: allow is-none decided by the host; AWS's own kernels rely on it
+        load_broadcast(w.value_scale, v_scale, z.first_head, z.heads)
+
+
+def transpose_partials(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, head: int) -> None:
+    """Partial outputs [D, C1, J] of a head to [J, C1, D]."""
+    first = (head % (len(t.partial) // z.chunks)) * z.chunks
+    per_bank = PSUM_FP32 // z.chunk_dim
+    number = 0
+    for jc in range(len(w.partial_t)):
+        pairs = w.partial_t[jc].shape[0]
+        for c in range(z.chunks):
+            for x0 in range(0, z.columns, per_bank):
+                count = min(z.columns - x0, per_bank)
+                bank = t.score_psum[number % 2][0:pairs, 0 : count * z.chunk_dim]
+                bank = bank.reshape((pairs, count, z.chunk_dim))
+                for x in range(count):
+                    nisa.nc_matmul(
+                        dst=bank[:, x, :],
+                        stationary=t.partial[first + c][:, x0 + x, nl.ds(jc * PMAX, pairs)],
+                        moving=t.partial_identity[0 : z.chunk_dim, 0 : z.chunk_dim],
+                        accumulate=False,
+                    )
+                _drain(
+                    w.partial_t[jc][:, nl.ds(x0, count), nl.ds(c * z.chunk_dim, z.chunk_dim)], bank, number % 2 == 1
+                )
+                number += 1
+
+
+def _drain(dst, src, on_scalar: bool) -> None:
+    if on_scalar:
+        nisa.activation(dst=dst, op=nl.copy, data=src)
+    else:
+        nisa.tensor_copy(dst=dst, src=src, engine=nisa.engine.vector)
+
+
+def pair_weights(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, head: int, i: int) -> None:
+    """exp(m - M) of every (batch row, pair), zero for pairs of other rows; M and the denominator of each row."""
+    n, pairs = w.result[i].shape[0], z.num_pairs
+    parity = head % len(t.pair_max)
+    masked, weights, weighted = w.masked[0:n, :, 0:pairs], w.weights[0:n], w.weighted[0:n]
+    best = w.best[i][:, head, :]
+    nisa.tensor_tensor(
+        dst=masked,
+        data1=t.pair_max[parity][0:n],
+        data2=t.penalty[i][0:n, :].expand_dim(1).broadcast(1, z.columns),
+        op=nl.add,
+    )
+    nisa.tensor_reduce(dst=best, op=nl.maximum, data=w.masked[0:n], axis=2)
+    nisa.tensor_tensor(dst=weighted, data1=masked, data2=best.expand_dim(2).broadcast(2, pairs), op=nl.subtract)
+    scale = t.cap if z.soft_cap else t.scale
+    nisa.activation(dst=weights, op=nl.exp, data=weighted, scale=scale[0:n, head : head + 1])
+    nisa.tensor_tensor(dst=weighted, data1=weights, data2=t.pair_sum[parity][0:n], op=nl.multiply)
+    nisa.tensor_reduce(dst=w.total[i][:, head, :], op=nl.add, data=weighted, axis=2)
+
+
+def transpose_weights(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, i: int) -> None:
+    """Weights [n, C1, J] to [J, C1, n]."""
+    n = w.result[i].shape[0]
+    per_bank, number = PSUM_FP32 // n, 0
+    for jc in range(len(w.weights_t)):
+        pairs = w.weights_t[jc].shape[0]
+        for x0 in range(0, z.columns, per_bank):
+            count = min(z.columns - x0, per_bank)
+            bank = t.score_psum[number % 2][0:pairs, 0 : count * n].reshape((pairs, count, n))
+            for x in range(count):
+                nisa.nc_matmul(
+                    dst=bank[:, x, :],
+                    stationary=w.weights[0:n, x0 + x, nl.ds(jc * PMAX, pairs)],
+                    moving=t.partial_identity[0:n, 0:n],
+                    accumulate=False,
+                )
+            _drain(w.weights_t[jc][:, nl.ds(x0, count), 0:n], bank, False)
+            number += 1
+
+
+def invert_totals(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, i: int, first: int, heads: int, sinks, v_scale):
+    """[n, heads·C1] factors v_scale / denominator of heads first.., sinks included; finite for padded rows."""
+    n = w.result[i].shape[0]
+    best, total = w.best[i][:, nl.ds(first, heads), :], w.total[i][:, nl.ds(first, heads), :]
+    if sinks is not None:  # nki-lint: allow is-none decided by the host; AWS's own kernels rely on it
+        scale = t.cap if z.soft_cap else t.scale
+        terms = w.sink_terms[0:n, nl.ds(first, heads), :]
+        for h in range(heads):
+            sink = w.sinks[0:n, nl.ds((first + h) * z.group, z.group)].expand_dim(1).broadcast(1, z.q_len)
+            nisa.scalar_tensor_tensor(  # sink - scale·M
+                dst=terms[:, h, :].reshape_dim(1, (z.q_len, z.group)),
+                data=best[:, h, :].reshape_dim(1, (z.q_len, z.group)),
+                op0=nl.multiply,
+                operand0=scale[0:n, first + h : first + h + 1],
+                op1=nl.subtract,
+                operand1=sink,
+                reverse1=True,
+            )
+        nisa.tensor_scalar(dst=terms, data=terms, op0=nl.minimum, operand0=MAX_SINK_EXPONENT)
+        nisa.activation(dst=terms, op=nl.exp, data=terms)
+        nisa.tensor_tensor(dst=total, data1=total, data2=terms, op=nl.add)
+    out = w.inverse[0:n, nl.ds(first * z.columns, heads * z.columns)]
+    nisa.tensor_scalar(dst=out, data=total, op0=nl.maximum, operand0=TINY)
+    nisa.reciprocal(dst=out, data=out)
+    if v_scale is not None:  # nki-lint: allow is-none decided by the host; AWS's own kernels rely on it
+        for h in range(heads):
+            part = w.inverse[0:n, nl.ds((first + h) * z.columns, z.columns)]
+            nisa.tensor_scalar(
+                dst=part, data=part, op0=nl.multiply, operand0=w.value_scale[0:n, first + h : first + h + 1]
+            )
+    return out
+
+
+def weigh_partials(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, head: int, i: int, inverse) -> None:
+    """Numerators of one head, [n, C1, D], into the result; times `inverse` [n, C1] unless it is None."""
+    n, chains = w.result[i].shape[0], len(w.weights_t)
+    per_bank, number = (PSUM_FP32 // z.head_dim if chains == 1 else 1), 0
+    for x0 in range(0, z.columns, per_bank):
+        count = min(z.columns - x0, per_bank)
+        bank = t.score_psum[number % 2][0:n, 0 : count * z.head_dim].reshape((n, count, z.head_dim))
+        for x in range(count):
+            for jc in range(chains):
+                nisa.nc_matmul(
+                    dst=bank[:, x, :],
+                    stationary=w.weights_t[jc][:, x0 + x, 0:n],
+                    moving=w.partial_t[jc][:, x0 + x, :],
+                    accumulate=jc > 0,
+                )
+        dst = w.result[i][:, head, nl.ds(x0, count), :]
+        if inverse is None:  # nki-lint: allow is-none decided at trace time
+            nisa.tensor_copy(dst=dst, src=bank, engine=nisa.engine.vector)
+        else:
+            factor = inverse[:, nl.ds(x0, count)].expand_dim(2).broadcast(2, z.head_dim)
+            nisa.tensor_tensor(dst=dst, data1=bank, data2=factor, op=nl.multiply)
+        number += 1
+
+
+def combine_head(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, head: int, sinks, v_scale) -> None:
+    """All steps for one KV head whose units are done."""
+    transpose_partials(z, t, w, head)
+    for i in range(len(w.result)):
+        pair_weights(z, t, w, head, i)
+        transpose_weights(z, t, w, i)
+        inverse = None
+        if z.shards == 1:
+            inverse = invert_totals(z, t, w, i, head, 1, sinks, v_scale)
+        weigh_partials(z, t, w, head, i, inverse)
+
+
+def store(z: DecodeSizes, w: CombineTiles, out) -> None:
+    """The result to HBM: out [N·M, H_all·G, D]."""
+    rows = out.reshape((z.num_seqs, z.q_len, z.all_heads, z.group * z.head_dim))
+    for i in range(len(w.result)):
+        n = w.result[i].shape[0]
+        source = w.result[i].reshape((n, z.heads, z.q_len, z.group * z.head_dim)).permute((0, 2, 1, 3))
+        nisa.dma_copy(dst=rows[nl.ds(i * PMAX, n), :, nl.ds(z.first_head, z.heads), :], src=source)
+
+
+def merge_cores(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, out, sinks, v_scale) -> None:
+    """Folds of a head were shared by two cores: exchange numerators, maxima and sums; each core stores half of D."""
+    half = z.head_dim // 2
+    flat = z.heads * z.columns
+    for i in range(len(w.result)):
+        n = w.result[i].shape[0]
+        numerator, best, total = w.result[i], w.best[i], w.total[i]
+        other = nl.ndarray((n, z.heads, z.columns, z.head_dim), dtype=nl.float32, buffer=nl.sbuf)
+        other_best = nl.ndarray((n, z.heads, z.columns), dtype=nl.float32, buffer=nl.sbuf)
+        other_total = nl.ndarray((n, z.heads, z.columns), dtype=nl.float32, buffer=nl.sbuf)
+        top = nl.ndarray((n, z.heads, z.columns), dtype=nl.float32, buffer=nl.sbuf)
+        final = nl.ndarray((n, flat, half), dtype=z.dtype, buffer=nl.sbuf)
+        peer = 1 - z.core
+        nisa.sendrecv(src=best, dst=other_best, send_to_rank=peer, recv_from_rank=peer, pipe_id=0)
+        nisa.sendrecv(src=total, dst=other_total, send_to_rank=peer, recv_from_rank=peer, pipe_id=1)
+        nisa.sendrecv(src=numerator, dst=other, send_to_rank=peer, recv_from_rank=peer, pipe_id=2)
+        nisa.tensor_tensor(dst=top, data1=best, data2=other_best, op=nl.maximum)
+        for part in range(2):
+            own = part == 0
+            _rescale(z, t, top, best if own else other_best, total if own else other_total,
+                     numerator if own else other)
+        nisa.tensor_tensor(dst=total, data1=total, data2=other_total, op=nl.add)
+        nisa.tensor_copy(dst=best, src=top, engine=nisa.engine.vector)
+        inverse = invert_totals(z, t, w, i, 0, z.heads, sinks, v_scale)
+        mine = numerator.reshape((n, flat, z.head_dim))[:, :, nl.ds(z.core * half, half)]
+        theirs = other.reshape((n, flat, z.head_dim))[:, :, nl.ds(z.core * half, half)]
+        nisa.tensor_tensor(dst=mine, data1=mine, data2=theirs, op=nl.add)
+        nisa.tensor_tensor(dst=final, data1=mine, data2=inverse.expand_dim(2).broadcast(2, half), op=nl.multiply)
+        rows = out.reshape((z.num_seqs, z.q_len, z.heads, z.group, z.head_dim))
+        source = final.reshape((n, z.heads, z.q_len, z.group * half)).permute((0, 2, 1, 3))
+        for h in range(z.heads):
+            nisa.dma_copy(
+                dst=rows[nl.ds(i * PMAX, n), :, h, :, nl.ds(z.core * half, half)],
+                src=source[:, :, h, :].reshape_dim(2, (z.group, half)),
+            )
+
+
+def _rescale(z: DecodeSizes, t: DecodeTiles, top, best, total, numerator) -> None:
+    """total and numerator of one core times exp(best - top), in place; best is overwritten by the factor."""
+    scale = t.cap if z.soft_cap else t.scale
+    n = best.shape[0]
+    nisa.tensor_tensor(dst=best, data1=best, data2=top, op=nl.subtract)
+    for h in range(z.heads):
+        nisa.activation(dst=best[:, h, :], op=nl.exp, data=best[:, h, :], scale=scale[0:n, h : h + 1])
+    nisa.tensor_tensor(dst=total, data1=total, data2=best, op=nl.multiply)
+    nisa.tensor_tensor(
+        dst=numerator, data1=numerator, data2=best.expand_dim(3).broadcast(3, z.head_dim), op=nl.multiply
+    )

@@ -1,0 +1,369 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stages of the paged decode kernel: setup, gather, transposes, scores, mask, softmax, values.
+
+Each function issues the instructions of one stage for one unit; `paged_attention_decode` decides their order. What no
+document settles sits in a function of its own: replicate_max (stride-0 stationary), score_view (strided PSUM
+destination, several matmuls in one bank), load_broadcast.
+Legend: see `decode_tiles`.
+"""
+
+from nki_kernels.decode_tiles import PMAX, PSUM_FP32, DecodeSizes, DecodeTiles, Unit, slots_per_bank, sum_slots
+from nki_kernels.plan import shard_fold_number
+from nki_kernels.toolchain import nisa, nl
+
+# A masked score becomes -MASK_SLOPE·(1/2 + how far its slot is out of reach): odd multiples of 2^30, so that the maximum
+# of a column without visible slots is exact in bf16 and its weight in the combine is exactly zero.
+MASK_SLOPE = 2.0**31
+
+
+def load_plan(t: DecodeTiles, plan) -> None:
+    """The plan, in one DMA."""
+    nisa.dma_copy(dst=t.table, src=plan)
+
+
+def setup_constants(z: DecodeSizes, t: DecodeTiles) -> None:
+    """Identities, ones and the iotas of the mask."""
+    ramp = nl.ndarray((PMAX, PMAX), dtype=nl.float32, buffer=nl.sbuf)
+    nisa.iota(dst=ramp, pattern=[[1, PMAX]], offset=0, channel_multiplier=-1)  # column - row
+    nisa.tensor_scalar(dst=t.identity, data=ramp, op0=nl.equal, operand0=0.0)
+    nisa.tensor_scalar(dst=t.operand_identity, data=ramp, op0=nl.equal, operand0=0.0)
+    nisa.tensor_scalar(dst=t.partial_identity, data=ramp, op0=nl.equal, operand0=0.0)
+    nisa.memset(dst=t.ones, value=1.0)
+    if z.mixed_folds > 0:
+        # token m, slot s: s + (M-1-m), the number of tokens from the slab's start that the query token must see past
+        nisa.iota(dst=t.token, pattern=[[-1, z.q_len], [1, z.slab_tokens]], offset=z.q_len - 1)
+        nisa.tensor_scalar(dst=t.token, data=t.token, op0=nl.add, operand0=0.5 + z.window / 2.0)
+        nisa.iota(dst=t.seq_index, pattern=[[1, z.seqs]], offset=0)
+
+
+def setup_plan(z: DecodeSizes, t: DecodeTiles) -> None:
+    """fp32 copies of the plan's mask sections and pairs of this core, and the one-hot of pairs per batch row."""
+    mixed, all_mixed = z.mixed_folds, z.mixed_folds * z.shards
+    rows = z.all_heads * (z.num_folds * z.shards)
+    if mixed > 0:
+        first = rows + z.core * mixed if z.shards > 1 else rows
+        nisa.tensor_copy(dst=t.mixed[:, 0:mixed], src=t.table[:, nl.ds(first, mixed)], engine=nisa.engine.vector)
+        nisa.tensor_copy(
+            dst=t.mixed[:, nl.ds(mixed, mixed)],
+            src=t.table[:, nl.ds(first + all_mixed, mixed)],
+            engine=nisa.engine.vector,
+        )
+    full, base = z.full_folds, rows + 2 * all_mixed
+    core = z.core if z.shards > 1 else 0
+    if full > 0:
+        nisa.tensor_copy(
+            dst=t.pairs[:, 0:full], src=t.table[:, nl.ds(base + core * full, full)], engine=nisa.engine.vector
+        )
+    if mixed > 0:
+        count = mixed * z.seqs
+        nisa.tensor_copy(
+            dst=t.pairs[:, nl.ds(full, count)],
+            src=t.table[:, nl.ds(base + full * z.shards + core * count, count)],
+            engine=nisa.engine.vector,
+        )
+    row = nl.ndarray((PMAX, len(t.onehot)), dtype=nl.float32, buffer=nl.sbuf)
+    nisa.iota(dst=row, pattern=[[PMAX, len(t.onehot)]], offset=0, channel_multiplier=1)
+    for i in range(len(t.onehot)):
+        n = min(z.num_seqs - i * PMAX, PMAX)
+        nisa.tensor_scalar(
+            dst=t.onehot[i][0:n, :], data=t.pairs[0:n, :], op0=nl.equal, operand0=row[0:n, i : i + 1]
+        )
+        nisa.tensor_scalar(
+            dst=t.penalty[i][0:n, :],
+            data=t.pairs[0:n, :],
+            op0=nl.not_equal,
+            operand0=row[0:n, i : i + 1],
+            op1=nl.multiply,
+            operand1=-(2.0**40),
+        )
+
+
+def setup_query(z: DecodeSizes, t: DecodeTiles, query) -> None:
+    """Queries of every pair, transposed: exact one-hot matmuls, zero for padding.
+
+    With pack = 2 variant v holds the query in rows v·D.., zeros elsewhere: the block-diagonal operand of two slots.
+    """
+    num_heads = z.all_heads * z.group
+    row_tiles, padded = len(t.onehot), z.head_dim * (3 if z.pack == 2 else 1)
+    first = z.head_dim if z.pack == 2 else 0
+    wide = z.heads * z.group  # query heads of this core
+    tiles = []
+    for i in range(row_tiles):
+        n = min(z.num_seqs - i * PMAX, PMAX)
+        tiles.append(nl.ndarray((n, z.q_len * wide, padded), dtype=z.dtype, buffer=nl.sbuf))
+    for i in range(row_tiles):
+        n = min(z.num_seqs - i * PMAX, PMAX)
+        if z.pack == 2:
+            nisa.memset(dst=tiles[i], value=0.0)
+        rows = query.reshape((z.num_seqs, z.q_len, num_heads, z.head_dim))[
+            nl.ds(i * PMAX, n), :, nl.ds(z.first_head * z.group, wide), :
+        ]
+        nisa.dma_copy(
+            dst=tiles[i][:, :, nl.ds(first, z.head_dim)].reshape_dim(1, (z.q_len, wide)), src=rows
+        )
+    for j0 in range(0, z.num_pairs, PSUM_FP32):
+        pairs = min(z.num_pairs - j0, PSUM_FP32)
+        per_bank = PSUM_FP32 // pairs if row_tiles == 1 else 1  # one accumulation chain per bank
+        _query_columns(z, t, tiles, j0, pairs, per_bank)
+
+
+def _query_columns(z: DecodeSizes, t: DecodeTiles, tiles: list, j0: int, pairs: int, per_bank: int) -> None:
+    """Transposed queries of pairs j0.., `per_bank` columns (query token, query head) at a time."""
+    total, number = z.heads * z.columns, 0
+    for v in range(max(z.pack, z.chunks)):
+        lane = (1 - v) * z.head_dim if z.pack == 2 else v * z.chunk_dim
+        for x0 in range(0, total, per_bank):
+            count = min(total - x0, per_bank)
+            bank = t.score_psum[number % 2]
+            number += 1
+            for x in range(count):
+                head, rest = (x0 + x) // z.columns, (x0 + x) % z.columns
+                source = (rest // z.group) * z.heads * z.group + head * z.group + rest % z.group
+                for i in range(len(tiles)):
+                    nisa.nc_matmul(
+                        dst=bank[0 : z.key_rows, nl.ds(x * pairs, pairs)],
+                        stationary=tiles[i][:, source, nl.ds(lane, z.key_rows)],
+                        moving=t.onehot[i][0 : tiles[i].shape[0], nl.ds(j0, pairs)],
+                        accumulate=i > 0,
+                    )
+            nisa.tensor_copy(
+                dst=t.query_t[:, v, nl.ds(j0, pairs), nl.ds(x0, count)].permute((0, 2, 1)),
+                src=bank[0 : z.key_rows, 0 : count * pairs].reshape((z.key_rows, count, pairs)),
+                engine=nisa.engine.vector,
+            )
+
+
+def load_broadcast(dst, row, offset: int, count: int) -> None:
+    """dst[p, :] = row[offset : offset + count] for all 128 partitions: a DMA whose partition stride is 0."""
+    nisa.dma_copy(dst=dst, src=row.ap([[0, PMAX], [1, count]], offset=offset))
+
+
+def setup_scales(z: DecodeSizes, t: DecodeTiles, scale: float, soft_cap: float, k_scale) -> None:
+    """[128, H] scales of the scores: constants, or one per head when an fp8 cache has key scales.
+
+    Operand tiles instead of immediates: an immediate costs two memsets per instruction on NeuronCore-v2.
+    """
+    factor = scale / soft_cap if soft_cap > 0.0 else scale
+    if k_scale is None:  # nki-lint: allow is-none decided by the host; AWS's own kernels rely on it
+        nisa.memset(dst=t.scale, value=factor)
+    else:
+        load_broadcast(t.scale, k_scale, z.first_head, z.heads)
+        nisa.tensor_scalar(dst=t.scale, data=t.scale, op0=nl.multiply, operand0=factor)
+    if soft_cap > 0.0:
+        nisa.memset(dst=t.cap, value=soft_cap)
+
+
+def gather(z: DecodeSizes, t: DecodeTiles, kv_cache, u: Unit) -> None:
+    """128 slabs of one fold, K and V; out-of-range rows are skipped and keep old, finite contents."""
+    tile, half = t.slabs[u.slot], z.slab_tokens * z.head_dim
+    fold = shard_fold_number(u.fold, z.core, z.full_folds, z.mixed_folds, z.shards)
+    column = (z.first_head + u.head) * (z.num_folds * z.shards) + fold
+    index = t.table[:, column : column + 1]
+    slabs = kv_cache.shape[0] * z.all_heads
+    if z.parts == 1:
+        source = kv_cache.reshape((slabs, 2 * half)).ap(
+            [[2 * half, PMAX], [1, 2 * half]], vector_offset=index, indirect_dim=0
+        )
+        nisa.dma_copy(dst=tile, src=source, oob_mode=nisa.oob_mode.skip)
+        return
+    halves = kv_cache.reshape((slabs * 2 * z.parts, half))
+    for which in range(2):
+        source = halves.ap(
+            [[half, PMAX], [1, half]], offset=which * z.parts * half, vector_offset=index, indirect_dim=0
+        )
+        nisa.dma_copy(dst=tile[:, nl.ds(which * half, half)], src=source, oob_mode=nisa.oob_mode.skip)
+
+
+def transpose_keys(z: DecodeSizes, t: DecodeTiles, u: Unit, g: int, on_scalar: bool) -> None:
+    """Keys of one bank's slots, transposed by TensorE and drained to SBUF as one instruction."""
+    slots = min(z.slab_tokens - g * z.group_slots, z.group_slots)
+    count = slots * z.chunks // z.pack
+    bank, tile = t.key_psum[g % 2], t.keys[u.phase * z.num_groups + g]
+    for k in range(count):
+        data = t.slabs[u.slot][:, nl.ds(g * z.group_slots * z.head_dim + k * z.key_rows, z.key_rows)]
+        if z.version == 2:  # the transpose mode of NeuronCore-v2 is a plain matmul into fp32
+            nisa.nc_matmul(dst=bank[:, k, :], stationary=data, moving=t.operand_identity, accumulate=False)
+        else:
+            nisa.nc_transpose(dst=bank[:, k, :], data=data, engine=nisa.engine.tensor)
+    if on_scalar:
+        nisa.activation(dst=tile[:, 0:count, :], op=nl.copy, data=bank[:, 0:count, :])
+    else:
+        nisa.tensor_copy(dst=tile[:, 0:count, :], src=bank[:, 0:count, :], engine=nisa.engine.vector)
+
+
+def drain_on_scalar(z: DecodeSizes, u: Unit, g: int) -> bool:
+    """Which engine drains a bank of transposed keys: ScalarE on NeuronCore-v2, else it takes turns with VectorE."""
+    return z.version == 2 or g % 2 == 1
+
+
+def score_view(t: DecodeTiles, bank: int, columns: int, slots: int):
+    """[128, C, slots] of one score bank, slots innermost so that every later pass reads contiguously."""
+    return t.score_psum[bank][:, 0 : columns * slots].reshape((PMAX, columns, slots))
+
+
+def score_slots(z: DecodeSizes, t: DecodeTiles, u: Unit, g: int) -> None:
+    """Scores of one group of slots: transposed keys stationary, the pair's queries moving."""
+    per_bank = slots_per_bank(u.columns, z.slab_tokens)
+    first, tile = g * z.group_slots, t.keys[u.phase * z.num_groups + g]
+    x0 = u.head * z.columns
+    for slot in range(first, min(first + z.group_slots, z.slab_tokens), z.pack):
+        for c in range(z.chunks):
+            bank = c if z.chunks > 1 else (slot // per_bank + u.phase) % 2
+            scores = score_view(t, bank, u.columns, per_bank)
+            place = slot % per_bank
+            if z.pack > 1:
+                moving = t.query_t[:, :, nl.ds(u.pair, u.seqs), nl.ds(x0, z.columns)]
+                dst = scores[:, :, nl.ds(place, z.pack)].permute((0, 2, 1))
+            else:
+                moving = t.query_t[:, c, nl.ds(u.pair, u.seqs), nl.ds(x0, z.columns)]
+                dst = scores[:, :, place]
+            key = (slot - first) * z.chunks // z.pack + c
+            nisa.nc_matmul(dst=dst, stationary=tile[:, key, :], moving=moving, accumulate=False)
+        done = slot + z.pack
+        if done % per_bank == 0 or done == z.slab_tokens:
+            evict_scores(z, t, u, (done - 1) // per_bank, per_bank)
+
+
+def mask_bounds(z: DecodeSizes, t: DecodeTiles, u: Unit) -> None:
+    """How far each (sequence, query token, slot) of a mixed fold is out of reach; negative means visible.
+
+    Slot s of a slab with `slab_len` tokens to the end of its sequence is visible to query token m if
+    0 < slab_len - s - (M-1-m) <= window, and to no other sequence.
+    """
+    number = u.fold - z.full_folds
+    bound, out = t.bound[u.phase], t.violation[u.phase]
+    nisa.tensor_scalar(
+        dst=bound,
+        data=t.seq_index.reshape((PMAX, z.seqs, 1)),
+        op0=nl.equal,
+        operand0=t.mixed[:, nl.ds(z.mixed_folds + number, 1)],
+        op1=nl.multiply,
+        operand1=t.mixed[:, nl.ds(number, 1)],
+    )
+    width = z.q_len * z.slab_tokens
+    nisa.tensor_tensor(
+        dst=out.reshape((PMAX, z.seqs, width)),
+        data1=t.token.broadcast(1, z.seqs),
+        data2=bound.broadcast(2, width),
+        op=nl.subtract,
+    )
+    if z.window > 0:
+        nisa.tensor_scalar(
+            dst=out, data=out, op0=nl.abs_max, operand0=0.0, op1=nl.subtract, operand1=z.window / 2.0
+        )
+
+
+def evict_scores(z: DecodeSizes, t: DecodeTiles, u: Unit, bank_number: int, slots: int) -> None:
+    """One bank of scores to SBUF, masked if the fold is mixed.
+
+    The minimum with a large negative number, instead of a sum, also removes infinities of stale slots.
+    """
+    tile = t.scores[u.phase][:, 0 : u.columns * z.slab_tokens].reshape((PMAX, u.columns, z.slab_tokens))
+    start = bank_number * slots
+    count = min(slots, z.slab_tokens - start)
+    dst = tile[:, :, nl.ds(start, count)]
+    if z.chunks > 1:
+        nisa.tensor_copy(
+            dst=dst, src=score_view(t, 0, u.columns, slots)[:, :, 0:count], engine=nisa.engine.vector
+        )
+        nisa.tensor_tensor(dst=dst, data1=dst, data2=score_view(t, 1, u.columns, slots)[:, :, 0:count], op=nl.add)
+        source = dst
+    else:
+        source = score_view(t, (bank_number + u.phase) % 2, u.columns, slots)[:, :, 0:count]
+    if z.soft_cap:
+        nisa.activation(dst=dst, op=nl.tanh, data=source, scale=t.scale[:, u.head : u.head + 1])
+        source = dst
+    if u.mixed:
+        token_rows = z.seqs * z.q_len
+        mask = t.violation[u.phase][:, :, nl.ds(start, count)].expand_dim(2).broadcast(2, z.group)
+        nisa.scalar_tensor_tensor(
+            dst=dst.reshape_dim(1, (token_rows, z.group)),
+            data=mask,
+            op0=nl.multiply,
+            operand0=-MASK_SLOPE,
+            op1=nl.minimum,
+            operand1=source.reshape_dim(1, (token_rows, z.group)),
+        )
+    elif z.chunks == 1 and not z.soft_cap:
+        nisa.tensor_copy(dst=dst, src=source, engine=nisa.engine.vector)
+
+
+def row_maximum(z: DecodeSizes, t: DecodeTiles, u: Unit) -> None:
+    """Per partition and column the maximum over slots, rounded to bf16 (the same value is subtracted and combined)."""
+    tile = t.scores[u.phase][:, 0 : u.columns * z.slab_tokens].reshape((PMAX, u.columns, z.slab_tokens))
+    nisa.tensor_reduce(dst=t.row_max[u.phase][:, 0 : u.columns], op=nl.maximum, data=tile, axis=2)
+
+
+def fold_maximum(t: DecodeTiles, u: Unit) -> None:
+    """The maximum over partitions: transpose, then reduce."""
+    turned = t.stat_psum[0 : u.columns, 0:PMAX]
+    nisa.nc_matmul(
+        dst=turned, stationary=t.row_max[u.phase][:, 0 : u.columns], moving=t.identity, accumulate=False
+    )
+    nisa.tensor_reduce(dst=t.fold_max[u.phase][0 : u.columns, :], op=nl.maximum, data=turned, axis=1)
+
+
+def replicate_max(t: DecodeTiles, u: Unit):
+    """[128, C] PSUM view with the fold's maxima in every partition: stride-0 stationary against an identity."""
+    out = t.stat_psum[:, nl.ds(PMAX, u.columns)]
+    nisa.nc_matmul(
+        dst=out,
+        stationary=t.fold_max[u.phase][0 : u.columns, :].broadcast(1, PMAX),
+        moving=t.identity[0 : u.columns, 0 : u.columns],
+        accumulate=False,
+    )
+    return out
+
+
+def exponentials(z: DecodeSizes, t: DecodeTiles, u: Unit) -> None:
+    """Probabilities relative to the fold's maximum, and that maximum into the pair statistics."""
+    tokens = z.slab_tokens
+    tile = t.scores[u.phase][:, 0 : u.columns * tokens].reshape((PMAX, u.columns, tokens))
+    maxima = replicate_max(t, u)
+    nisa.tensor_tensor(
+        dst=tile, data1=tile, data2=maxima.expand_dim(2).broadcast(2, tokens), op=nl.subtract
+    )
+    scale = t.cap if z.soft_cap else t.scale
+    nisa.activation(
+        dst=t.probs[u.phase][:, 0 : u.columns * tokens],
+        op=nl.exp,
+        data=t.scores[u.phase][:, 0 : u.columns * tokens],
+        scale=scale[:, u.head : u.head + 1],
+    )
+    nisa.tensor_copy(dst=pair_view(z, t.pair_max, u), src=maxima, engine=nisa.engine.vector)
+
+
+def pair_view(z: DecodeSizes, tiles: list, u: Unit, chunk: int = 0, chunks: int = 1):
+    """[P, S, C1] of the statistics or partial outputs [P, C1, J] that belong to a unit."""
+    tile = tiles[(u.head % (len(tiles) // chunks)) * chunks + chunk]
+    return tile[:, :, nl.ds(u.pair, u.seqs)].permute((0, 2, 1))
+
+
+def values(z: DecodeSizes, t: DecodeTiles, u: Unit, first: int, end: int) -> None:
+    """Slots first..end-1 of probabilities times values, accumulated over the unit in one PSUM tensor per chunk."""
+    probs = t.probs[u.phase][:, 0 : u.columns * z.slab_tokens].reshape((PMAX, u.columns, z.slab_tokens))
+    base = z.slab_tokens * z.head_dim
+    for slot in range(first, end):
+        for c in range(z.chunks):
+            nisa.nc_matmul(
+                dst=t.out_psum[c][:, 0 : u.columns],
+                stationary=t.slabs[u.slot][:, nl.ds(base + slot * z.head_dim + c * z.chunk_dim, z.chunk_dim)],
+                moving=probs[:, :, slot],
+                accumulate=slot > 0,
+            )
+
+
+def sums_and_partials(z: DecodeSizes, t: DecodeTiles, u: Unit) -> None:
+    """Sums of the probabilities, replicated by a ones matmul, and the unit's partial output, into the pair's place."""
+    step = sum_slots(u.columns, z.slab_tokens)
+    probs = t.probs[u.phase][:, 0 : u.columns * z.slab_tokens].reshape((PMAX, u.columns, z.slab_tokens))
+    total = t.sum_psum[:, 0 : u.columns * step].reshape((PMAX, u.columns, step))
+    for slot in range(0, z.slab_tokens, step):
+        nisa.nc_matmul(dst=total, stationary=t.ones, moving=probs[:, :, nl.ds(slot, step)], accumulate=slot > 0)
+    for c in range(z.chunks):
+        nisa.tensor_copy(
+            dst=pair_view(z, t.partial, u, c, z.chunks),
+            src=t.out_psum[c][:, 0 : u.columns],
+            engine=nisa.engine.vector,
+        )
+    nisa.tensor_reduce(dst=pair_view(z, t.pair_sum, u), op=nl.add, data=total, axis=2)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Paged attention of the newest tokens of each sequence over a fold plan: the kernel and its software pipeline.
+
+Owns the order in which stages are issued. Stages: `decode_stages`, `decode_combine`; sizes: `decode_tiles`; the plan:
+`plan`; meaning: `paged_attention_decode_ref`.
+"""
+
+from nki_kernels import decode_combine as combine
+from nki_kernels import decode_stages as stages
+from nki_kernels.decode_tiles import allocate, decode_sizes, decode_units
+from nki_kernels.plan import RING_DEPTH
+from nki_kernels.toolchain import nki, nl
+
+
+@nki.jit
+def paged_attention_decode(
+    query,
+    kv_cache,
+    plan,
+    full_folds: int,
+    mixed_folds: int,
+    seqs_per_mixed_fold: int,
+    q_len: int,
+    softmax_scale: float,
+    sliding_window: int = 0,
+    logits_soft_cap: float = 0.0,
+    sinks=None,
+    k_scale=None,
+    v_scale=None,
+):
+    """Attention of q_len query tokens per sequence to all cached tokens up to themselves."""
+    z = decode_sizes(
+        query, kv_cache, full_folds, mixed_folds, seqs_per_mixed_fold, q_len, sliding_window, logits_soft_cap > 0.0
+    )
+    out = nl.ndarray(query.shape, dtype=query.dtype, buffer=nl.shared_hbm)
+    t = allocate(z, plan.shape[1])
+    w = combine.allocate_combine(z)
+    units = decode_units(z)
+    stages.load_plan(t, plan)
+    for i in range(min(RING_DEPTH, len(units))):
+        stages.gather(z, t, kv_cache, units[i])
+    stages.setup_constants(z, t)
+    stages.setup_scales(z, t, softmax_scale, logits_soft_cap, k_scale)
+    stages.setup_plan(z, t)
+    stages.setup_query(z, t, query)
+    combine.setup_combine(z, w, sinks, v_scale)
+    for i in range(len(units) + 2):
+        _iteration(z, t, units, i)
+        if i < 2:
+            continue
+        done = units[i - 2]
+        if i - 2 + RING_DEPTH < len(units):
+            stages.gather(z, t, kv_cache, units[i - 2 + RING_DEPTH])
+        if i - 1 == len(units) or units[i - 1].head != done.head:
+            combine.combine_head(z, t, w, done.head, sinks, v_scale)
+    if z.shards > 1:
+        combine.merge_cores(z, t, w, out, sinks, v_scale)
+    else:
+        combine.store(z, w, out)
+    return out
+
+
+def _iteration(z, t, units, i: int) -> None:
+    """One step of the software pipeline: transposes and scores of unit i, softmax of i-1, values of i-2.
+
+    The engines run in order: what waits for another engine is issued a group of slots later.
+    """
+    groups = z.num_groups
+    has_new, has_last, has_old = i < len(units), 1 <= i <= len(units), i >= 2
+    for g in range(groups):
+        if has_new:
+            if g == 0 and units[i].mixed:
+                stages.mask_bounds(z, t, units[i])
+            stages.transpose_keys(z, t, units[i], g, stages.drain_on_scalar(z, units[i], g))
+        if has_last and g == 0:
+            stages.score_slots(z, t, units[i - 1], groups - 1)
+            stages.row_maximum(z, t, units[i - 1])
+        if has_new and g > 0:
+            stages.score_slots(z, t, units[i], g - 1)
+        if has_last and g == min(1, groups - 1):
+            stages.fold_maximum(t, units[i - 1])
+        if has_old:
+            first = g * z.group_slots
+            stages.values(z, t, units[i - 2], first, min(first + z.group_slots, z.slab_tokens))
+        if has_last and g == min(2, groups - 1):
+            stages.exponentials(z, t, units[i - 1])
+    if has_old:
+        stages.sums_and_partials(z, t, units[i - 2])
