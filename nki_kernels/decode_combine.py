@@ -73,7 +73,16 @@ def setup_combine(z: DecodeSizes, w: CombineTiles, sinks, v_scale) -> None:
         load_broadcast(w.value_scale, v_scale, z.first_head, z.heads)
 
 
-def transpose_partials(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, head: int) -> None:
+def free_banks(z: DecodeSizes, t: DecodeTiles, head: int) -> list:
+    """fp32 PSUM banks that no unit uses between two iterations of the pipeline; after the last head, more."""
+    banks = [t.stat_psum, t.sum_psum]
+    if head == z.heads - 1:
+        banks.append(t.score_psum[0])
+        banks.append(t.score_psum[1])
+    return banks
+
+
+def transpose_partials(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, head: int, banks: list) -> None:
     """Partial outputs [D, C1, J] of a head to [J, C1, D]."""
     first = (head % (len(t.partial) // z.chunks)) * z.chunks
     per_bank = PSUM_FP32 // z.chunk_dim
@@ -83,7 +92,7 @@ def transpose_partials(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, head: in
         for c in range(z.chunks):
             for x0 in range(0, z.columns, per_bank):
                 count = min(z.columns - x0, per_bank)
-                bank = t.score_psum[number % 2][0:pairs, 0 : count * z.chunk_dim]
+                bank = banks[number % len(banks)][0:pairs, 0 : count * z.chunk_dim]
                 bank = bank.reshape((pairs, count, z.chunk_dim))
                 for x in range(count):
                     nisa.nc_matmul(
@@ -125,7 +134,7 @@ def pair_weights(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, head: int, i: 
     nisa.tensor_reduce(dst=w.total[i][:, head, :], op=nl.add, data=weighted, axis=2)
 
 
-def transpose_weights(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, i: int) -> None:
+def transpose_weights(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, i: int, banks: list) -> None:
     """Weights [n, C1, J] to [J, C1, n]."""
     n = w.result[i].shape[0]
     per_bank, number = PSUM_FP32 // n, 0
@@ -133,7 +142,7 @@ def transpose_weights(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, i: int) -
         pairs = w.weights_t[jc].shape[0]
         for x0 in range(0, z.columns, per_bank):
             count = min(z.columns - x0, per_bank)
-            bank = t.score_psum[number % 2][0:pairs, 0 : count * n].reshape((pairs, count, n))
+            bank = banks[number % len(banks)][0:pairs, 0 : count * n].reshape((pairs, count, n))
             for x in range(count):
                 nisa.nc_matmul(
                     dst=bank[:, x, :],
@@ -178,13 +187,13 @@ def invert_totals(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, i: int, first
     return out
 
 
-def weigh_partials(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, head: int, i: int, inverse) -> None:
+def weigh_partials(z: DecodeSizes, w: CombineTiles, head: int, i: int, banks: list, inverse) -> None:
     """Numerators of one head, [n, C1, D], into the result; times `inverse` [n, C1] unless it is None."""
     n, chains = w.result[i].shape[0], len(w.weights_t)
     per_bank, number = (PSUM_FP32 // z.head_dim if chains == 1 else 1), 0
     for x0 in range(0, z.columns, per_bank):
         count = min(z.columns - x0, per_bank)
-        bank = t.score_psum[number % 2][0:n, 0 : count * z.head_dim].reshape((n, count, z.head_dim))
+        bank = banks[number % len(banks)][0:n, 0 : count * z.head_dim].reshape((n, count, z.head_dim))
         for x in range(count):
             for jc in range(chains):
                 nisa.nc_matmul(
@@ -204,14 +213,15 @@ def weigh_partials(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, head: int, i
 
 def combine_head(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, head: int, sinks, v_scale) -> None:
     """All steps for one KV head whose units are done."""
-    transpose_partials(z, t, w, head)
+    banks = free_banks(z, t, head)
+    transpose_partials(z, t, w, head, banks)
     for i in range(len(w.result)):
         pair_weights(z, t, w, head, i)
-        transpose_weights(z, t, w, i)
+        transpose_weights(z, t, w, i, banks)
         inverse = None
         if z.shards == 1:
             inverse = invert_totals(z, t, w, i, head, 1, sinks, v_scale)
-        weigh_partials(z, t, w, head, i, inverse)
+        weigh_partials(z, w, head, i, banks, inverse)
 
 
 def store(z: DecodeSizes, w: CombineTiles, out) -> None:

@@ -253,5 +253,5 @@ def allocate(z: DecodeSizes, table_width: int) -> DecodeTiles:
         score_psum=_ring(2, (PMAX, PSUM_FP32), nl.float32, nl.psum),
         out_psum=_ring(z.chunks, (z.chunk_dim, widest), nl.float32, nl.psum),
         sum_psum=nl.ndarray((PMAX, PSUM_FP32), dtype=nl.float32, buffer=nl.psum),
-        stat_psum=nl.ndarray((PMAX, PMAX + widest), dtype=nl.float32, buffer=nl.psum),
+        stat_psum=nl.ndarray((PMAX, PSUM_FP32), dtype=nl.float32, buffer=nl.psum),
     )
