@@ -21,9 +21,9 @@ class CombineTiles(nl.NKIObject):
     """SBUF of the combine, allocated once; lists are per 128 batch rows or per 128 pairs."""
 
     masked: object  # [128, C1, J+1] fp32, the last column FLOOR
-    weights: object  # [128, C1, J] partial_dtype
+    weights: list  # per 128 rows [n, C1, J] partial_dtype
     weighted: object  # [128, C1, J] fp32
-    weights_t: list  # per 128 pairs [J', C1, n]
+    weights_t: list  # per 128 rows, per 128 pairs [J', C1, n]
     partial_t: list  # per 128 pairs [J', C1, D]
     best: list  # per 128 rows [n, H, C1] fp32, maximum of the scores
     total: list  # per 128 rows [n, H, C1] fp32, denominator
@@ -37,20 +37,22 @@ class CombineTiles(nl.NKIObject):
 def allocate_combine(z: DecodeSizes) -> CombineTiles:
     pairs, columns = z.num_pairs, z.columns
     rows = min(z.num_seqs, PMAX)
-    weights_t, partial_t, best, total, result = [], [], [], [], []
+    weights, weights_t, partial_t, best, total, result = [], [], [], [], [], []
     for j0 in range(0, pairs, PMAX):
         count = min(pairs - j0, PMAX)
-        weights_t.append(nl.ndarray((count, columns, rows), dtype=z.partial_dtype, buffer=nl.sbuf))
         partial_t.append(nl.ndarray((count, columns, z.head_dim), dtype=z.partial_dtype, buffer=nl.sbuf))
     for n0 in range(0, z.num_seqs, PMAX):
         n = min(z.num_seqs - n0, PMAX)
+        weights.append(nl.ndarray((n, columns, pairs), dtype=z.partial_dtype, buffer=nl.sbuf))
+        for j0 in range(0, pairs, PMAX):
+            weights_t.append(nl.ndarray((min(pairs - j0, PMAX), columns, n), dtype=z.partial_dtype, buffer=nl.sbuf))
         best.append(nl.ndarray((n, z.heads, columns), dtype=nl.float32, buffer=nl.sbuf))
         total.append(nl.ndarray((n, z.heads, columns), dtype=nl.float32, buffer=nl.sbuf))
         result_dtype = nl.float32 if z.shards > 1 else z.dtype
         result.append(nl.ndarray((n, z.heads, columns, z.head_dim), dtype=result_dtype, buffer=nl.sbuf))
     return CombineTiles(
         masked=nl.ndarray((rows, columns, pairs + 1), dtype=nl.float32, buffer=nl.sbuf),
-        weights=nl.ndarray((rows, columns, pairs), dtype=z.partial_dtype, buffer=nl.sbuf),
+        weights=weights,
         weighted=nl.ndarray((rows, columns, pairs), dtype=nl.float32, buffer=nl.sbuf),
         weights_t=weights_t,
         partial_t=partial_t,
@@ -71,15 +73,6 @@ def setup_combine(z: DecodeSizes, w: CombineTiles, sinks, v_scale) -> None:
         load_broadcast(w.sinks, sinks, z.first_head * z.group, z.heads * z.group)
     if v_scale is not None:  # nki-lint: allow is-none decided by the host; AWS's own kernels rely on it
         load_broadcast(w.value_scale, v_scale, z.first_head, z.heads)
-
-
-def free_banks(z: DecodeSizes, t: DecodeTiles, head: int) -> list:
-    """fp32 PSUM banks that no unit uses between two iterations of the pipeline; after the last head, more."""
-    banks = [t.stat_psum, t.sum_psum]
-    if head == z.heads - 1:
-        banks.append(t.score_psum[0])
-        banks.append(t.score_psum[1])
-    return banks
 
 
 def transpose_partials(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, head: int, banks: list) -> None:
@@ -115,42 +108,49 @@ def _drain(dst, src, on_scalar: bool) -> None:
 
 
 def pair_weights(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, head: int, i: int) -> None:
-    """exp(m - M) of every (batch row, pair), zero for pairs of other rows; M and the denominator of each row."""
+    """exp(m - M) of every (batch row, pair), zero for pairs of other rows, and M of each row."""
     n, pairs = w.result[i].shape[0], z.num_pairs
-    parity = head % len(t.pair_max)
-    masked, weights, weighted = w.masked[0:n, :, 0:pairs], w.weights[0:n], w.weighted[0:n]
+    masked, weighted = w.masked[0:n, :, 0:pairs], w.weighted[0:n]
     best = w.best[i][:, head, :]
     nisa.tensor_tensor(
         dst=masked,
-        data1=t.pair_max[parity][0:n],
+        data1=t.pair_max[head % len(t.pair_max)][0:n],
         data2=t.penalty[i][0:n, :].expand_dim(1).broadcast(1, z.columns),
         op=nl.add,
     )
     nisa.tensor_reduce(dst=best, op=nl.maximum, data=w.masked[0:n], axis=2)
     nisa.tensor_tensor(dst=weighted, data1=masked, data2=best.expand_dim(2).broadcast(2, pairs), op=nl.subtract)
     scale = t.cap if z.soft_cap else t.scale
-    nisa.activation(dst=weights, op=nl.exp, data=weighted, scale=scale[0:n, head : head + 1])
-    nisa.tensor_tensor(dst=weighted, data1=weights, data2=t.pair_sum[parity][0:n], op=nl.multiply)
+    nisa.activation(dst=w.weights[i], op=nl.exp, data=weighted, scale=scale[0:n, head : head + 1])
+
+
+def pair_totals(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, head: int, i: int) -> None:
+    """Denominators: weighted sums of the pairs' sums."""
+    n = w.result[i].shape[0]
+    weighted = w.weighted[0:n]
+    sums = t.pair_sum[head % len(t.pair_sum)][0:n]
+    nisa.tensor_tensor(dst=weighted, data1=w.weights[i], data2=sums, op=nl.multiply)
     nisa.tensor_reduce(dst=w.total[i][:, head, :], op=nl.add, data=weighted, axis=2)
 
 
 def transpose_weights(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, i: int, banks: list) -> None:
     """Weights [n, C1, J] to [J, C1, n]."""
-    n = w.result[i].shape[0]
+    n, chains = w.result[i].shape[0], len(w.partial_t)
     per_bank, number = PSUM_FP32 // n, 0
-    for jc in range(len(w.weights_t)):
-        pairs = w.weights_t[jc].shape[0]
+    for jc in range(chains):
+        target = w.weights_t[i * chains + jc]
+        pairs = target.shape[0]
         for x0 in range(0, z.columns, per_bank):
             count = min(z.columns - x0, per_bank)
             bank = banks[number % len(banks)][0:pairs, 0 : count * n].reshape((pairs, count, n))
             for x in range(count):
                 nisa.nc_matmul(
                     dst=bank[:, x, :],
-                    stationary=w.weights[0:n, x0 + x, nl.ds(jc * PMAX, pairs)],
+                    stationary=w.weights[i][:, x0 + x, nl.ds(jc * PMAX, pairs)],
                     moving=t.partial_identity[0:n, 0:n],
                     accumulate=False,
                 )
-            _drain(w.weights_t[jc][:, nl.ds(x0, count), 0:n], bank, False)
+            _drain(target[:, nl.ds(x0, count), :], bank, False)
             number += 1
 
 
@@ -189,7 +189,7 @@ def invert_totals(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, i: int, first
 
 def weigh_partials(z: DecodeSizes, w: CombineTiles, head: int, i: int, banks: list, inverse) -> None:
     """Numerators of one head, [n, C1, D], into the result; times `inverse` [n, C1] unless it is None."""
-    n, chains = w.result[i].shape[0], len(w.weights_t)
+    n, chains = w.result[i].shape[0], len(w.partial_t)
     per_bank, number = (PSUM_FP32 // z.head_dim if chains == 1 else 1), 0
     for x0 in range(0, z.columns, per_bank):
         count = min(z.columns - x0, per_bank)
@@ -198,26 +198,42 @@ def weigh_partials(z: DecodeSizes, w: CombineTiles, head: int, i: int, banks: li
             for jc in range(chains):
                 nisa.nc_matmul(
                     dst=bank[:, x, :],
-                    stationary=w.weights_t[jc][:, x0 + x, 0:n],
+                    stationary=w.weights_t[i * chains + jc][:, x0 + x, :],
                     moving=w.partial_t[jc][:, x0 + x, :],
                     accumulate=jc > 0,
                 )
         dst = w.result[i][:, head, nl.ds(x0, count), :]
         if inverse is None:  # nki-lint: allow is-none decided at trace time
             nisa.tensor_copy(dst=dst, src=bank, engine=nisa.engine.vector)
+        elif number % 2 == 1:
+            for x in range(count):
+                nisa.activation(
+                    dst=dst[:, x, :], op=nl.copy, data=bank[:, x, :], scale=inverse[:, x0 + x : x0 + x + 1]
+                )
         else:
             factor = inverse[:, nl.ds(x0, count)].expand_dim(2).broadcast(2, z.head_dim)
             nisa.tensor_tensor(dst=dst, data1=bank, data2=factor, op=nl.multiply)
         number += 1
 
 
-def combine_head(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, head: int, sinks, v_scale) -> None:
-    """All steps for one KV head whose units are done."""
-    banks = free_banks(z, t, head)
-    transpose_partials(z, t, w, head, banks)
+def weigh_head(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, head: int) -> None:
+    """The part of the combine that needs the maxima only: runs while the head's last values are summed.
+
+    The statistics bank is free once the last unit's exponentials are issued.
+    """
     for i in range(len(w.result)):
         pair_weights(z, t, w, head, i)
-        transpose_weights(z, t, w, i, banks)
+        transpose_weights(z, t, w, i, [t.stat_psum])
+
+
+def combine_head(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, head: int, sinks, v_scale) -> None:
+    """The rest of the combine of a head whose units are done, in banks that no unit uses between iterations."""
+    banks = [t.stat_psum, t.sum_psum]
+    if head == z.heads - 1:
+        banks = [t.stat_psum, t.score_psum[0], t.score_psum[1]]
+    transpose_partials(z, t, w, head, banks)
+    for i in range(len(w.result)):
+        pair_totals(z, t, w, head, i)
         inverse = None
         if z.shards == 1:
             inverse = invert_totals(z, t, w, i, head, 1, sinks, v_scale)

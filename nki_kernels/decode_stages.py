@@ -29,6 +29,8 @@ def setup_constants(z: DecodeSizes, t: DecodeTiles) -> None:
     nisa.tensor_scalar(dst=t.operand_identity, data=ramp, op0=nl.equal, operand0=0.0)
     nisa.tensor_scalar(dst=t.partial_identity, data=ramp, op0=nl.equal, operand0=0.0)
     nisa.memset(dst=t.ones, value=1.0)
+    nisa.memset(dst=t.zero, value=0.0)
+    nisa.iota(dst=t.row, pattern=[[PMAX, len(t.onehot)]], offset=0, channel_multiplier=1)
     if z.mixed_folds > 0:
         # token m, slot s: s + (M-1-m), the number of tokens from the slab's start that the query token must see past
         nisa.iota(dst=t.token, pattern=[[-1, z.q_len], [1, z.slab_tokens]], offset=z.q_len - 1)
@@ -61,18 +63,16 @@ def setup_plan(z: DecodeSizes, t: DecodeTiles) -> None:
             src=t.table[:, nl.ds(base + full * z.shards + core * count, count)],
             engine=nisa.engine.vector,
         )
-    row = nl.ndarray((PMAX, len(t.onehot)), dtype=nl.float32, buffer=nl.sbuf)
-    nisa.iota(dst=row, pattern=[[PMAX, len(t.onehot)]], offset=0, channel_multiplier=1)
     for i in range(len(t.onehot)):
         n = min(z.num_seqs - i * PMAX, PMAX)
         nisa.tensor_scalar(
-            dst=t.onehot[i][0:n, :], data=t.pairs[0:n, :], op0=nl.equal, operand0=row[0:n, i : i + 1]
+            dst=t.onehot[i][0:n, :], data=t.pairs[0:n, :], op0=nl.equal, operand0=t.row[0:n, i : i + 1]
         )
         nisa.tensor_scalar(
             dst=t.penalty[i][0:n, :],
             data=t.pairs[0:n, :],
             op0=nl.not_equal,
-            operand0=row[0:n, i : i + 1],
+            operand0=t.row[0:n, i : i + 1],
             op1=nl.multiply,
             operand1=-(2.0**40),
         )
@@ -153,25 +153,44 @@ def setup_scales(z: DecodeSizes, t: DecodeTiles, scale: float, soft_cap: float, 
         nisa.memset(dst=t.cap, value=soft_cap)
 
 
+def clear_slabs(z: DecodeSizes, t: DecodeTiles, u: Unit) -> None:
+    """Zeroes the tile of a unit that is its first user: skipped rows must be finite. VectorE and ScalarE share it."""
+    size = z.slab_tokens * z.head_dim
+    if u.split:
+        nisa.memset(dst=t.key_slabs[u.slot], value=0.0)
+        _clear_on_scalar(t, t.value_slabs[u.slot], 0, size)
+    else:
+        share = size * 5 // 4  # of 2·size; VectorE writes zeros about 5/3 as fast
+        nisa.memset(dst=t.slabs[u.slot][:, 0:share], value=0.0)
+        _clear_on_scalar(t, t.slabs[u.slot], share, 2 * size - share)
+
+
+def _clear_on_scalar(t: DecodeTiles, tile, first: int, count: int) -> None:
+    nisa.activation(dst=tile[:, nl.ds(first, count)], op=nl.copy, data=t.zero.broadcast(1, count))
+
+
 def gather(z: DecodeSizes, t: DecodeTiles, kv_cache, u: Unit) -> None:
     """128 slabs of one fold, K and V; out-of-range rows are skipped and keep old, finite contents."""
-    tile, half = t.slabs[u.slot], z.slab_tokens * z.head_dim
+    half = z.slab_tokens * z.head_dim
     fold = shard_fold_number(u.fold, z.core, z.full_folds, z.mixed_folds, z.shards)
     column = (z.first_head + u.head) * (z.num_folds * z.shards) + fold
     index = t.table[:, column : column + 1]
     slabs = kv_cache.shape[0] * z.all_heads
-    if z.parts == 1:
+    if not u.split:
         source = kv_cache.reshape((slabs, 2 * half)).ap(
             [[2 * half, PMAX], [1, 2 * half]], vector_offset=index, indirect_dim=0
         )
-        nisa.dma_copy(dst=tile, src=source, oob_mode=nisa.oob_mode.skip)
+        nisa.dma_copy(dst=t.slabs[u.slot], src=source, oob_mode=nisa.oob_mode.skip)
         return
+    if z.parts == 1:  # rows of half slabs: twice the row, exactly, in int32
+        nisa.tensor_tensor(dst=t.split_index, data1=index, data2=index, op=nl.add, engine=nisa.engine.gpsimd)
+        index = t.split_index
     halves = kv_cache.reshape((slabs * 2 * z.parts, half))
-    for which in range(2):
-        source = halves.ap(
-            [[half, PMAX], [1, half]], offset=which * z.parts * half, vector_offset=index, indirect_dim=0
-        )
-        nisa.dma_copy(dst=tile[:, nl.ds(which * half, half)], src=source, oob_mode=nisa.oob_mode.skip)
+    keys = halves.ap([[half, PMAX], [1, half]], offset=0, vector_offset=index, indirect_dim=0)
+    nisa.dma_copy(dst=t.key_slabs[u.slot], src=keys, oob_mode=nisa.oob_mode.skip)
+    values_offset = z.parts * half
+    source = halves.ap([[half, PMAX], [1, half]], offset=values_offset, vector_offset=index, indirect_dim=0)
+    nisa.dma_copy(dst=t.value_slabs[u.slot], src=source, oob_mode=nisa.oob_mode.skip)
 
 
 def transpose_keys(z: DecodeSizes, t: DecodeTiles, u: Unit, g: int, on_scalar: bool) -> None:
@@ -179,8 +198,9 @@ def transpose_keys(z: DecodeSizes, t: DecodeTiles, u: Unit, g: int, on_scalar: b
     slots = min(z.slab_tokens - g * z.group_slots, z.group_slots)
     count = slots * z.chunks // z.pack
     bank, tile = t.key_psum[g % 2], t.keys[u.phase * z.num_groups + g]
+    source = t.key_slabs[u.slot] if u.split else t.slabs[u.slot]
     for k in range(count):
-        data = t.slabs[u.slot][:, nl.ds(g * z.group_slots * z.head_dim + k * z.key_rows, z.key_rows)]
+        data = source[:, nl.ds(g * z.group_slots * z.head_dim + k * z.key_rows, z.key_rows)]
         if z.version == 2:  # the transpose mode of NeuronCore-v2 is a plain matmul into fp32
             nisa.nc_matmul(dst=bank[:, k, :], stationary=data, moving=t.operand_identity, accumulate=False)
         else:
@@ -342,12 +362,13 @@ def pair_view(z: DecodeSizes, tiles: list, u: Unit, chunk: int = 0, chunks: int 
 def values(z: DecodeSizes, t: DecodeTiles, u: Unit, first: int, end: int) -> None:
     """Slots first..end-1 of probabilities times values, accumulated over the unit in one PSUM tensor per chunk."""
     probs = t.probs[u.phase][:, 0 : u.columns * z.slab_tokens].reshape((PMAX, u.columns, z.slab_tokens))
-    base = z.slab_tokens * z.head_dim
+    base = 0 if u.split else z.slab_tokens * z.head_dim
+    source = t.value_slabs[u.slot] if u.split else t.slabs[u.slot]
     for slot in range(first, end):
         for c in range(z.chunks):
             nisa.nc_matmul(
                 dst=t.out_psum[c][:, 0 : u.columns],
-                stationary=t.slabs[u.slot][:, nl.ds(base + slot * z.head_dim + c * z.chunk_dim, z.chunk_dim)],
+                stationary=source[:, nl.ds(base + slot * z.head_dim + c * z.chunk_dim, z.chunk_dim)],
                 moving=probs[:, :, slot],
                 accumulate=slot > 0,
             )

@@ -150,13 +150,14 @@ class Unit(nl.NKIObject):
     columns: int  # C
     pair: int  # first local pair
     slot: int  # position in the ring of slab tiles
+    split: bool  # K and V gathered apart: keys can be worked on while values arrive
     phase: int  # position in the rings of two
 
 
 def decode_units(z: DecodeSizes) -> list:
     """The units of this core in order: head by head, the folds of a head as the plan expects."""
     order = fold_order(z.full_folds, z.mixed_folds)
-    units = []
+    units, last = [], z.heads * len(order) - 1
     for head in range(z.heads):
         for place in range(len(order)):
             fold = order[place]
@@ -164,9 +165,9 @@ def decode_units(z: DecodeSizes) -> list:
             seqs = z.seqs if mixed else 1
             pair = z.full_folds + (fold - z.full_folds) * z.seqs if mixed else fold
             number = head * len(order) + place
-            units.append(
-                Unit(head, fold, mixed, seqs, seqs * z.columns, pair, number % RING_DEPTH, number % 2)
-            )
+            split = z.parts > 1 or number == last
+            slot = 0 if split and z.parts == 1 else number % RING_DEPTH
+            units.append(Unit(head, fold, mixed, seqs, seqs * z.columns, pair, slot, split, number % 2))
     return units
 
 
@@ -185,10 +186,15 @@ class DecodeTiles(nl.NKIObject):
     ones: object  # [128, 128] in dtype
     token: object  # [128, 1, M·T] fp32: position of (query token, slot), see mask
     seq_index: object  # [128, S] fp32
+    row: object  # [128, ceil(N/128)] fp32 batch row of each partition
     query_t: object  # [key_rows, variants, J, H·C1]
     onehot: list  # per 128 batch rows [n, J]
     penalty: list  # per 128 batch rows [n, J] fp32
-    slabs: list  # ring of RING_DEPTH [128, 2·T·D]
+    slabs: list  # ring of RING_DEPTH [128, 2·T·D]; empty if every unit is split
+    key_slabs: list  # [128, T·D]: a ring if every unit is split, else one for the last unit
+    value_slabs: list
+    split_index: object  # [128, 1] int32 row of the last unit's keys in the cache of half slabs
+    zero: object  # [128, 1] in dtype
     keys: list  # 2 x num_groups of [key_rows, transposes, 128]
     scores: list  # 2 of [128, C·T] fp32
     probs: list  # 2 of [128, C·T]
@@ -233,12 +239,17 @@ def allocate(z: DecodeSizes, table_width: int) -> DecodeTiles:
         ones=nl.ndarray(square, dtype=z.dtype, buffer=nl.sbuf),
         token=nl.ndarray((PMAX, 1, z.q_len * tokens), dtype=nl.float32, buffer=nl.sbuf),
         seq_index=nl.ndarray((PMAX, z.seqs), dtype=nl.float32, buffer=nl.sbuf),
+        row=nl.ndarray((PMAX, row_tiles), dtype=nl.float32, buffer=nl.sbuf),
         query_t=nl.ndarray(
             (z.key_rows, max(z.pack, z.chunks), pairs, z.heads * columns), dtype=z.dtype, buffer=nl.sbuf
         ),
         onehot=_ring(row_tiles, (min(z.num_seqs, PMAX), pairs), z.dtype, nl.sbuf),
         penalty=_ring(row_tiles, (min(z.num_seqs, PMAX), pairs), nl.float32, nl.sbuf),
-        slabs=_ring(RING_DEPTH, (PMAX, 2 * tokens * z.head_dim), z.dtype, nl.sbuf),
+        slabs=_ring(0 if z.parts > 1 else RING_DEPTH, (PMAX, 2 * tokens * z.head_dim), z.dtype, nl.sbuf),
+        key_slabs=_ring(RING_DEPTH if z.parts > 1 else 1, (PMAX, tokens * z.head_dim), z.dtype, nl.sbuf),
+        value_slabs=_ring(RING_DEPTH if z.parts > 1 else 1, (PMAX, tokens * z.head_dim), z.dtype, nl.sbuf),
+        split_index=nl.ndarray((PMAX, 1), dtype=nl.int32, buffer=nl.sbuf),
+        zero=nl.ndarray((PMAX, 1), dtype=z.dtype, buffer=nl.sbuf),
         keys=_ring(2 * z.num_groups, (z.key_rows, z.transposes, PMAX), z.dtype, nl.sbuf),
         scores=_ring(2, (PMAX, widest * tokens), nl.float32, nl.sbuf),
         probs=_ring(2, (PMAX, widest * tokens), z.dtype, nl.sbuf),

@@ -37,20 +37,21 @@ def paged_attention_decode(
     w = combine.allocate_combine(z)
     units = decode_units(z)
     stages.load_plan(t, plan)
-    for i in range(min(RING_DEPTH, len(units))):
-        stages.gather(z, t, kv_cache, units[i])
-    stages.setup_constants(z, t)
+    stages.setup_constants(z, t)  # before the gathers: GpSimd makes the iotas and the gathers' descriptors
+    early = min(2, len(units))
+    _first_gathers(z, t, kv_cache, units, 0, early)
     stages.setup_scales(z, t, softmax_scale, logits_soft_cap, k_scale)
     stages.setup_plan(z, t)
     stages.setup_query(z, t, query)
     combine.setup_combine(z, w, sinks, v_scale)
+    _first_gathers(z, t, kv_cache, units, early, min(RING_DEPTH, len(units)))
     for i in range(len(units) + 2):
-        _iteration(z, t, units, i)
+        _iteration(z, t, w, units, i)
         if i < 2:
             continue
-        done = units[i - 2]
-        if i - 2 + RING_DEPTH < len(units):
-            stages.gather(z, t, kv_cache, units[i - 2 + RING_DEPTH])
+        done, ahead = units[i - 2], i - 2 + RING_DEPTH
+        if ahead < len(units):
+            _gather(z, t, kv_cache, units, ahead)
         if i - 1 == len(units) or units[i - 1].head != done.head:
             combine.combine_head(z, t, w, done.head, sinks, v_scale)
     if z.shards > 1:
@@ -60,7 +61,22 @@ def paged_attention_decode(
     return out
 
 
-def _iteration(z, t, units, i: int) -> None:
+def _first_gathers(z, t, kv_cache, units, first: int, end: int) -> None:
+    """Fills part of the ring. Mixed folds may skip rows, so their tiles are cleared; the plan fills those of full ones."""
+    for i in range(first, end):
+        if units[i].mixed and not (units[i].split and z.parts == 1):
+            stages.clear_slabs(z, t, units[i])
+        _gather(z, t, kv_cache, units, i)
+
+
+def _gather(z, t, kv_cache, units, i: int) -> None:
+    """The gather of unit i; the last one has tiles of its own, cleared here."""
+    if units[i].split and z.parts == 1:
+        stages.clear_slabs(z, t, units[i])
+    stages.gather(z, t, kv_cache, units[i])
+
+
+def _iteration(z, t, w, units, i: int) -> None:
     """One step of the software pipeline: transposes and scores of unit i, softmax of i-1, values of i-2.
 
     The engines run in order: what waits for another engine is issued a group of slots later.
@@ -84,5 +100,7 @@ def _iteration(z, t, units, i: int) -> None:
             stages.values(z, t, units[i - 2], first, min(first + z.group_slots, z.slab_tokens))
         if has_last and g == min(2, groups - 1):
             stages.exponentials(z, t, units[i - 1])
+            if i == len(units) or units[i].head != units[i - 1].head:
+                combine.weigh_head(z, t, w, units[i - 1].head)
     if has_old:
         stages.sums_and_partials(z, t, units[i - 2])

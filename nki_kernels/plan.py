@@ -330,13 +330,13 @@ def smallest_shape(
     demand = _demand(lens, layout, q_len, sliding_window, None)
     full, best, best_ns = int(demand.full.sum()), PlanShape(len(lens), 0, 1, 1), float("inf")
     seqs = 1
-    while seqs == 1 or (seqs * columns_per_seq <= max_columns and seqs < 2 * len(lens)):
+    while seqs == 1 or (seqs * columns_per_seq <= max_columns and seqs <= len(lens)):
         mixed = len(_cut(demand.leftover, seqs)[1]) - 1
         cost = max(_TENSOR_NS, _VECTOR_NS + _VECTOR_COLUMN_NS * seqs * columns_per_seq)
         if mixed * cost < best_ns:
             best_ns = mixed * cost
             best = PlanShape(len(lens), full, mixed if full + mixed else 1, seqs, num_cores)
-        seqs *= 2
+        seqs += 1
     if best.fold_shards(layout.num_kv_heads) > 1:
         best = replace(best, full_folds=best.full_folds + best.full_folds % 2,
                        mixed_folds=best.mixed_folds + best.mixed_folds % 2)
@@ -467,26 +467,28 @@ def _rows(block_table: np.ndarray, seq: np.ndarray, slab: np.ndarray, layout: Sl
 
 
 def _fill_first_touches(rows: np.ndarray, base: np.ndarray, layout: SlabLayout, shape: PlanShape) -> None:
-    """Gives dead slabs a live row where the kernel writes an SBUF tile for the first time.
+    """Gives the dead slabs of padding among the first full folds a live row.
 
-    Skipped rows keep what the tile held, which must be finite; later gathers skip. Without a live slab anywhere the null
-    block's rows serve: the cache starts zeroed.
+    Skipped rows keep what the SBUF tile held, which must be finite. The kernel clears the tiles whose first user is a
+    mixed fold; full folds are dead as a whole or not at all. Without a live slab anywhere the null block's rows serve:
+    the cache starts zeroed.
     """
+    dead = base[: shape.full_folds, 0] >= layout.dead_row
+    if not dead.any():
+        return
     live = base < layout.dead_row
     spare = int(base[live][0]) if live.any() else 0
     shards = shape.fold_shards(layout.num_kv_heads)
     heads = layout.num_kv_heads if shards > 1 else layout.num_kv_heads // shape.num_cores
-    order = fold_order(shape.full_folds // shards, shape.mixed_folds // shards)
+    full, mixed = shape.full_folds // shards, shape.mixed_folds // shards
+    order = fold_order(full, mixed)
     for core in range(shape.num_cores):
         for unit in range(min(RING_DEPTH, heads * len(order))):
-            head, fold = divmod(unit, len(order))
+            head, place = divmod(unit, len(order))
             head += 0 if shards > 1 else core * heads
-            fold = shard_fold_number(
-                order[fold], core, shape.full_folds // shards, shape.mixed_folds // shards, shards
-            )
-            dead = ~live[fold]
-            if dead.any():
-                rows[dead, head, fold] = spare + head * layout.row_step
+            fold = shard_fold_number(order[place], core, full, mixed, shards)
+            if fold < shape.full_folds and dead[fold]:
+                rows[:, head, fold] = spare + head * layout.row_step
 
 
 def shard_fold_number(fold: int, shard: int, full_folds: int, mixed_folds: int, shards: int) -> int:
