@@ -27,7 +27,7 @@ class CombineTiles(nl.NKIObject):
     partial_t: list  # per 128 pairs [J', C1, D]
     best: list  # per 128 rows [n, H, C1] fp32, maximum of the scores
     total: list  # per 128 rows [n, H, C1] fp32, denominator
-    inverse: object  # [128, H·C1] fp32
+    inverse: list  # per 128 rows [n, H·C1] fp32
     result: list  # per 128 rows [n, H, C1, D], fp32 numerators if cores share the folds
     sinks: object  # [128, H·G] fp32
     sink_terms: object  # [128, H, C1] fp32
@@ -37,7 +37,7 @@ class CombineTiles(nl.NKIObject):
 def allocate_combine(z: DecodeSizes) -> CombineTiles:
     pairs, columns = z.num_pairs, z.columns
     rows = min(z.num_seqs, PMAX)
-    weights, weights_t, partial_t, best, total, result = [], [], [], [], [], []
+    weights, weights_t, partial_t, best, total, inverse, result = [], [], [], [], [], [], []
     for j0 in range(0, pairs, PMAX):
         count = min(pairs - j0, PMAX)
         partial_t.append(nl.ndarray((count, columns, z.head_dim), dtype=z.partial_dtype, buffer=nl.sbuf))
@@ -48,6 +48,7 @@ def allocate_combine(z: DecodeSizes) -> CombineTiles:
             weights_t.append(nl.ndarray((min(pairs - j0, PMAX), columns, n), dtype=z.partial_dtype, buffer=nl.sbuf))
         best.append(nl.ndarray((n, z.heads, columns), dtype=nl.float32, buffer=nl.sbuf))
         total.append(nl.ndarray((n, z.heads, columns), dtype=nl.float32, buffer=nl.sbuf))
+        inverse.append(nl.ndarray((n, z.heads * columns), dtype=nl.float32, buffer=nl.sbuf))
         result_dtype = nl.float32 if z.shards > 1 else z.dtype
         result.append(nl.ndarray((n, z.heads, columns, z.head_dim), dtype=result_dtype, buffer=nl.sbuf))
     return CombineTiles(
@@ -58,7 +59,7 @@ def allocate_combine(z: DecodeSizes) -> CombineTiles:
         partial_t=partial_t,
         best=best,
         total=total,
-        inverse=nl.ndarray((rows, z.heads * columns), dtype=nl.float32, buffer=nl.sbuf),
+        inverse=inverse,
         result=result,
         sinks=nl.ndarray((PMAX, z.heads * z.group), dtype=nl.float32, buffer=nl.sbuf),
         sink_terms=nl.ndarray((rows, z.heads, columns), dtype=nl.float32, buffer=nl.sbuf),
@@ -175,12 +176,12 @@ def invert_totals(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, i: int, first
         nisa.tensor_scalar(dst=terms, data=terms, op0=nl.minimum, operand0=MAX_SINK_EXPONENT)
         nisa.activation(dst=terms, op=nl.exp, data=terms)
         nisa.tensor_tensor(dst=total, data1=total, data2=terms, op=nl.add)
-    out = w.inverse[0:n, nl.ds(first * z.columns, heads * z.columns)]
+    out = w.inverse[i][:, nl.ds(first * z.columns, heads * z.columns)]
     nisa.tensor_scalar(dst=out, data=total, op0=nl.maximum, operand0=TINY)
     nisa.reciprocal(dst=out, data=out)
     if v_scale is not None:  # nki-lint: allow is-none decided by the host; AWS's own kernels rely on it
         for h in range(heads):
-            part = w.inverse[0:n, nl.ds((first + h) * z.columns, z.columns)]
+            part = w.inverse[i][:, nl.ds((first + h) * z.columns, z.columns)]
             nisa.tensor_scalar(
                 dst=part, data=part, op0=nl.multiply, operand0=w.value_scale[0:n, first + h : first + h + 1]
             )
@@ -217,26 +218,31 @@ def weigh_partials(z: DecodeSizes, w: CombineTiles, head: int, i: int, banks: li
 
 
 def weigh_head(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, head: int) -> None:
-    """The part of the combine that needs the maxima only: runs while the head's last values are summed.
-
-    The statistics bank is free once the last unit's exponentials are issued.
-    """
+    """The part of the combine that needs the maxima only: runs while the head's last values are summed."""
     for i in range(len(w.result)):
         pair_weights(z, t, w, head, i)
-        transpose_weights(z, t, w, i, [t.stat_psum])
 
 
-def combine_head(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, head: int, sinks, v_scale) -> None:
+def total_head(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, head: int, sinks, v_scale) -> None:
+    """The part that needs the sums too: denominators."""
+    for i in range(len(w.result)):
+        pair_totals(z, t, w, head, i)
+        if z.shards == 1:
+            invert_totals(z, t, w, i, head, 1, sinks, v_scale)
+
+
+def combine_head(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, head: int) -> None:
     """The rest of the combine of a head whose units are done, in banks that no unit uses between iterations."""
     banks = [t.stat_psum, t.sum_psum]
     if head == z.heads - 1:
         banks = [t.stat_psum, t.score_psum[0], t.score_psum[1]]
+    for i in range(len(w.result)):
+        transpose_weights(z, t, w, i, [banks[0]])
     transpose_partials(z, t, w, head, banks)
     for i in range(len(w.result)):
-        pair_totals(z, t, w, head, i)
         inverse = None
         if z.shards == 1:
-            inverse = invert_totals(z, t, w, i, head, 1, sinks, v_scale)
+            inverse = w.inverse[i][:, nl.ds(head * z.columns, z.columns)]
         weigh_partials(z, w, head, i, banks, inverse)
 
 

@@ -305,12 +305,20 @@ def evict_scores(z: DecodeSizes, t: DecodeTiles, u: Unit, bank_number: int, slot
             operand1=source.reshape_dim(1, (token_rows, z.group)),
         )
     elif z.chunks == 1 and not z.soft_cap:
-        nisa.tensor_copy(dst=dst, src=source, engine=nisa.engine.vector)
+        if z.version > 2 and slots == z.slab_tokens:  # VectorE takes the maximum from PSUM meanwhile
+            nisa.activation(dst=dst, op=nl.copy, data=source)
+        else:
+            nisa.tensor_copy(dst=dst, src=source, engine=nisa.engine.vector)
 
 
 def row_maximum(z: DecodeSizes, t: DecodeTiles, u: Unit) -> None:
     """Per partition and column the maximum over slots, rounded to bf16 (the same value is subtracted and combined)."""
-    tile = t.scores[u.phase][:, 0 : u.columns * z.slab_tokens].reshape((PMAX, u.columns, z.slab_tokens))
+    slots = slots_per_bank(u.columns, z.slab_tokens)
+    raw = not u.mixed and z.chunks == 1 and not z.soft_cap and slots == z.slab_tokens
+    if raw:
+        tile = score_view(t, u.phase, u.columns, slots)
+    else:
+        tile = t.scores[u.phase][:, 0 : u.columns * z.slab_tokens].reshape((PMAX, u.columns, z.slab_tokens))
     nisa.tensor_reduce(dst=t.row_max[u.phase][:, 0 : u.columns], op=nl.maximum, data=tile, axis=2)
 
 
@@ -374,17 +382,19 @@ def values(z: DecodeSizes, t: DecodeTiles, u: Unit, first: int, end: int) -> Non
             )
 
 
-def sums_and_partials(z: DecodeSizes, t: DecodeTiles, u: Unit) -> None:
-    """Sums of the probabilities, replicated by a ones matmul, and the unit's partial output, into the pair's place."""
+def probability_sums(z: DecodeSizes, t: DecodeTiles, u: Unit) -> None:
+    """Sums of the probabilities, replicated to every partition by a ones matmul, into the pair's place."""
     step = sum_slots(u.columns, z.slab_tokens)
     probs = t.probs[u.phase][:, 0 : u.columns * z.slab_tokens].reshape((PMAX, u.columns, z.slab_tokens))
     total = t.sum_psum[:, 0 : u.columns * step].reshape((PMAX, u.columns, step))
     for slot in range(0, z.slab_tokens, step):
         nisa.nc_matmul(dst=total, stationary=t.ones, moving=probs[:, :, nl.ds(slot, step)], accumulate=slot > 0)
-    for c in range(z.chunks):
-        nisa.tensor_copy(
-            dst=pair_view(z, t.partial, u, c, z.chunks),
-            src=t.out_psum[c][:, 0 : u.columns],
-            engine=nisa.engine.vector,
-        )
     nisa.tensor_reduce(dst=pair_view(z, t.pair_sum, u), op=nl.add, data=total, axis=2)
+
+
+def store_partials(z: DecodeSizes, t: DecodeTiles, u: Unit) -> None:
+    """The unit's partial output into the pair's place."""
+    for c in range(z.chunks):
+        nisa.activation(
+            dst=pair_view(z, t.partial, u, c, z.chunks), op=nl.copy, data=t.out_psum[c][:, 0 : u.columns]
+        )

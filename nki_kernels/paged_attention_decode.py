@@ -46,14 +46,14 @@ def paged_attention_decode(
     combine.setup_combine(z, w, sinks, v_scale)
     _first_gathers(z, t, kv_cache, units, early, min(RING_DEPTH, len(units)))
     for i in range(len(units) + 2):
-        _iteration(z, t, w, units, i)
+        _iteration(z, t, w, units, i, sinks, v_scale)
         if i < 2:
             continue
         done, ahead = units[i - 2], i - 2 + RING_DEPTH
         if ahead < len(units):
             _gather(z, t, kv_cache, units, ahead)
         if i - 1 == len(units) or units[i - 1].head != done.head:
-            combine.combine_head(z, t, w, done.head, sinks, v_scale)
+            combine.combine_head(z, t, w, done.head)
     if z.shards > 1:
         combine.merge_cores(z, t, w, out, sinks, v_scale)
     else:
@@ -76,7 +76,7 @@ def _gather(z, t, kv_cache, units, i: int) -> None:
     stages.gather(z, t, kv_cache, units[i])
 
 
-def _iteration(z, t, w, units, i: int) -> None:
+def _iteration(z, t, w, units, i: int, sinks, v_scale) -> None:
     """One step of the software pipeline: transposes and scores of unit i, softmax of i-1, values of i-2.
 
     The engines run in order: what waits for another engine is issued a group of slots later.
@@ -95,6 +95,10 @@ def _iteration(z, t, w, units, i: int) -> None:
             stages.score_slots(z, t, units[i], g - 1)
         if has_last and g == min(1, groups - 1):
             stages.fold_maximum(t, units[i - 1])
+        if has_old and g == 0:
+            stages.probability_sums(z, t, units[i - 2])
+            if i - 1 == len(units) or units[i - 1].head != units[i - 2].head:
+                combine.total_head(z, t, w, units[i - 2].head, sinks, v_scale)
         if has_old:
             first = g * z.group_slots
             stages.values(z, t, units[i - 2], first, min(first + z.group_slots, z.slab_tokens))
@@ -103,4 +107,4 @@ def _iteration(z, t, w, units, i: int) -> None:
             if i == len(units) or units[i].head != units[i - 1].head:
                 combine.weigh_head(z, t, w, units[i - 1].head)
     if has_old:
-        stages.sums_and_partials(z, t, units[i - 2])
+        stages.store_partials(z, t, units[i - 2])

@@ -248,9 +248,12 @@ def slab_tokens_of(block_size: int, head_dim: int, itemsize: int) -> int:
 def fold_order(full_folds: int, mixed_folds: int) -> list[int]:
     """Order in which the kernel visits the folds of a head (mixed ones are numbered from full_folds on).
 
-    Mixed folds come after the first ring of full ones: their gathers then skip dead slabs, and the last fold is cheap.
+    Mixed folds come after the first ring of full ones, whose tiles they can use without clearing them; with fewer full
+    folds after the first one, while the kernel waits for data anyway. A full fold comes last: its softmax is the shorter.
     """
-    lead = min(full_folds, RING_DEPTH)
+    lead = RING_DEPTH
+    if full_folds <= RING_DEPTH:
+        lead = 1 if full_folds > 1 else 0
     order = []
     for fold in range(lead):
         order.append(fold)
