@@ -211,9 +211,30 @@ def transpose_keys(z: DecodeSizes, t: DecodeTiles, u: Unit, g: int, on_scalar: b
         nisa.tensor_copy(dst=tile[:, 0:count, :], src=bank[:, 0:count, :], engine=nisa.engine.vector)
 
 
-def drain_on_scalar(z: DecodeSizes, u: Unit, g: int) -> bool:
-    """Which engine drains a bank of transposed keys: ScalarE on NeuronCore-v2, else it takes turns with VectorE."""
-    return z.version == 2 or g % 2 == 1
+def scalar_drains(z: DecodeSizes, units: list, i: int) -> int:
+    """How many banks of unit i ScalarE drains; VectorE takes the rest.
+
+    Balances what both do in this step of the pipeline: the softmax of unit i-1, the eviction of unit i. Costs in
+    elements per partition: VectorE moves keys twice as fast as scores from NeuronCore-v3 on, ScalarE 5/4 of VectorE's
+    rate on scores. On NeuronCore-v2 the two take turns at PSUM, and ScalarE is the faster.
+    """
+    if z.version == 2:
+        return z.num_groups
+    bank = z.transposes * PMAX
+    vector, scalar = 0, 0
+    if units[i].mixed:
+        vector += units[i].columns * z.slab_tokens
+    else:
+        scalar += units[i].columns * z.slab_tokens * 4 // 5
+    if i > 0:
+        vector += 2 * units[i - 1].columns * z.slab_tokens
+        scalar += units[i - 1].columns * z.slab_tokens * 4 // 5
+    best, count = vector + z.num_groups * bank // 2, 0
+    for k in range(1, z.num_groups + 1):
+        step = max(vector + (z.num_groups - k) * bank // 2, scalar + k * bank * 4 // 5)
+        if step < best:
+            best, count = step, k
+    return count
 
 
 def score_view(t: DecodeTiles, bank: int, columns: int, slots: int):
@@ -305,7 +326,7 @@ def evict_scores(z: DecodeSizes, t: DecodeTiles, u: Unit, bank_number: int, slot
             operand1=source.reshape_dim(1, (token_rows, z.group)),
         )
     elif z.chunks == 1 and not z.soft_cap:
-        if z.version > 2 and slots == z.slab_tokens:  # VectorE takes the maximum from PSUM meanwhile
+        if z.version > 2:  # VectorE has the maxima to do
             nisa.activation(dst=dst, op=nl.copy, data=source)
         else:
             nisa.tensor_copy(dst=dst, src=source, engine=nisa.engine.vector)

@@ -83,11 +83,13 @@ def _iteration(z, t, w, units, i: int, sinks, v_scale) -> None:
     """
     groups = z.num_groups
     has_new, has_last, has_old = i < len(units), 1 <= i <= len(units), i >= 2
+    drains = stages.scalar_drains(z, units, i) if has_new else 0
     for g in range(groups):
         if has_new:
             if g == 0 and units[i].mixed:
                 stages.mask_bounds(z, t, units[i])
-            stages.transpose_keys(z, t, units[i], g, stages.drain_on_scalar(z, units[i], g))
+            on_scalar = (g + 1) * drains // groups > g * drains // groups  # spread evenly
+            stages.transpose_keys(z, t, units[i], g, on_scalar)
         if has_last and g == 0:
             stages.score_slots(z, t, units[i - 1], groups - 1)
             stages.row_maximum(z, t, units[i - 1])
