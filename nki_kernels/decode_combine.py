@@ -20,7 +20,7 @@ TINY = 1e-30
 class CombineTiles(nl.NKIObject):
     """SBUF of the combine, allocated once; lists are per 128 batch rows or per 128 pairs."""
 
-    masked: object  # [128, C1, J+1] fp32, the last column FLOOR
+    masked: object  # [128, C1, J+1] bf16, the last column FLOOR
     weights: list  # per 128 rows [n, C1, J] partial_dtype
     weighted: object  # [128, C1, J] fp32
     weights_t: list  # per 128 rows, per 128 pairs [J', C1, n]
@@ -52,7 +52,7 @@ def allocate_combine(z: DecodeSizes) -> CombineTiles:
         result_dtype = nl.float32 if z.shards > 1 else z.dtype
         result.append(nl.ndarray((n, z.heads, columns, z.head_dim), dtype=result_dtype, buffer=nl.sbuf))
     return CombineTiles(
-        masked=nl.ndarray((rows, columns, pairs + 1), dtype=nl.float32, buffer=nl.sbuf),
+        masked=nl.ndarray((rows, columns, pairs + 1), dtype=nl.bfloat16, buffer=nl.sbuf),
         weights=weights,
         weighted=nl.ndarray((rows, columns, pairs), dtype=nl.float32, buffer=nl.sbuf),
         weights_t=weights_t,

@@ -189,7 +189,7 @@ class DecodeTiles(nl.NKIObject):
     row: object  # [128, ceil(N/128)] fp32 batch row of each partition
     query_t: object  # [key_rows, variants, J, H·C1]
     onehot: list  # per 128 batch rows [n, J]
-    penalty: list  # per 128 batch rows [n, J] fp32
+    penalty: list  # per 128 batch rows [n, J] bf16
     slabs: list  # ring of RING_DEPTH [128, 2·T·D]; empty if every unit is split
     key_slabs: list  # [128, T·D]: a ring if every unit is split, else one for the last unit
     value_slabs: list
@@ -202,7 +202,7 @@ class DecodeTiles(nl.NKIObject):
     violation: list  # 2 of [128, S·M, T] fp32
     row_max: list  # 2 of [128, C] bf16
     fold_max: list  # 2 of [C, 1] bf16
-    pair_max: list  # per head parity [128, C1, J] fp32
+    pair_max: list  # per head parity [128, C1, J] bf16: the maxima are bf16 values
     pair_sum: list  # per head parity [128, C1, J] fp32
     partial: list  # per head parity, per chunk [chunk_dim, C1, J]
     key_psum: list  # 2 banks
@@ -244,7 +244,7 @@ def allocate(z: DecodeSizes, table_width: int) -> DecodeTiles:
             (z.key_rows, max(z.pack, z.chunks), pairs, z.heads * columns), dtype=z.dtype, buffer=nl.sbuf
         ),
         onehot=_ring(row_tiles, (min(z.num_seqs, PMAX), pairs), z.dtype, nl.sbuf),
-        penalty=_ring(row_tiles, (min(z.num_seqs, PMAX), pairs), nl.float32, nl.sbuf),
+        penalty=_ring(row_tiles, (min(z.num_seqs, PMAX), pairs), nl.bfloat16, nl.sbuf),
         slabs=_ring(0 if z.parts > 1 else RING_DEPTH, (PMAX, 2 * tokens * z.head_dim), z.dtype, nl.sbuf),
         key_slabs=_ring(RING_DEPTH if z.parts > 1 else 1, (PMAX, tokens * z.head_dim), z.dtype, nl.sbuf),
         value_slabs=_ring(RING_DEPTH if z.parts > 1 else 1, (PMAX, tokens * z.head_dim), z.dtype, nl.sbuf),
@@ -257,7 +257,7 @@ def allocate(z: DecodeSizes, table_width: int) -> DecodeTiles:
         violation=_ring(2, (PMAX, z.seqs * z.q_len, tokens), nl.float32, nl.sbuf),
         row_max=_ring(2, (PMAX, widest), nl.bfloat16, nl.sbuf),
         fold_max=_ring(2, (widest, 1), nl.bfloat16, nl.sbuf),
-        pair_max=_ring(parity, (PMAX, columns, pairs), nl.float32, nl.sbuf),
+        pair_max=_ring(parity, (PMAX, columns, pairs), nl.bfloat16, nl.sbuf),
         pair_sum=_ring(parity, (PMAX, columns, pairs), nl.float32, nl.sbuf),
         partial=_ring(parity * z.chunks, (z.chunk_dim, columns, pairs), z.partial_dtype, nl.sbuf),
         key_psum=_ring(2, (z.key_rows, z.transposes, PMAX), key_psum_dtype, nl.psum),

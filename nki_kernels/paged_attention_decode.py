@@ -106,7 +106,7 @@ def _iteration(z, t, w, units, i: int, sinks, v_scale) -> None:
             stages.values(z, t, units[i - 2], first, min(first + z.group_slots, z.slab_tokens))
         if has_last and g == min(2, groups - 1):
             stages.exponentials(z, t, units[i - 1])
-            if i == len(units) or units[i].head != units[i - 1].head:
-                combine.weigh_head(z, t, w, units[i - 1].head)
     if has_old:
         stages.store_partials(z, t, units[i - 2])
+    if has_last and (i == len(units) or units[i].head != units[i - 1].head):
+        combine.weigh_head(z, t, w, units[i - 1].head)
