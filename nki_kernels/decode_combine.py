@@ -7,7 +7,7 @@ matmul over pairs; the same rounded weights enter numerator and denominator. Leg
 
 from dataclasses import dataclass
 
-from nki_kernels.decode_stages import load_broadcast
+from nki_kernels.decode_setup import load_broadcast
 from nki_kernels.decode_tiles import PMAX, PSUM_FP32, DecodeSizes, DecodeTiles
 from nki_kernels.toolchain import nisa, nl
 
@@ -32,12 +32,15 @@ class CombineTiles(nl.NKIObject):
     sinks: object  # [128, H·G] fp32
     sink_terms: object  # [128, H, C1] fp32
     value_scale: object  # [128, H] fp32
+    peer: list  # per 128 rows, if cores share the folds: the other's [n, H, C1, D], best, total; the common best
+    halves: list  # per 128 rows, if cores share the folds: [n, H·C1, D/2]
 
 
 def allocate_combine(z: DecodeSizes) -> CombineTiles:
     pairs, columns = z.num_pairs, z.columns
     rows = min(z.num_seqs, PMAX)
     weights, weights_t, partial_t, best, total, inverse, result = [], [], [], [], [], [], []
+    peer, halves = [], []
     for j0 in range(0, pairs, PMAX):
         count = min(pairs - j0, PMAX)
         partial_t.append(nl.ndarray((count, columns, z.head_dim), dtype=z.partial_dtype, buffer=nl.sbuf))
@@ -50,6 +53,11 @@ def allocate_combine(z: DecodeSizes) -> CombineTiles:
         total.append(nl.ndarray((n, z.heads, columns), dtype=nl.float32, buffer=nl.sbuf))
         inverse.append(nl.ndarray((n, z.heads * columns), dtype=nl.float32, buffer=nl.sbuf))
         result_dtype = nl.float32 if z.shards > 1 else z.dtype
+        if z.shards > 1:
+            peer.append(nl.ndarray((n, z.heads, columns, z.head_dim), dtype=nl.float32, buffer=nl.sbuf))
+            for _ in range(3):
+                peer.append(nl.ndarray((n, z.heads, columns), dtype=nl.float32, buffer=nl.sbuf))
+            halves.append(nl.ndarray((n, z.heads * columns, z.head_dim // 2), dtype=z.dtype, buffer=nl.sbuf))
         result.append(nl.ndarray((n, z.heads, columns, z.head_dim), dtype=result_dtype, buffer=nl.sbuf))
     return CombineTiles(
         masked=nl.ndarray((rows, columns, pairs + 1), dtype=nl.bfloat16, buffer=nl.sbuf),
@@ -64,6 +72,8 @@ def allocate_combine(z: DecodeSizes) -> CombineTiles:
         sinks=nl.ndarray((PMAX, z.heads * z.group), dtype=nl.float32, buffer=nl.sbuf),
         sink_terms=nl.ndarray((rows, z.heads, columns), dtype=nl.float32, buffer=nl.sbuf),
         value_scale=nl.ndarray((PMAX, z.heads), dtype=nl.float32, buffer=nl.sbuf),
+        peer=peer,
+        halves=halves,
     )
 
 
@@ -253,53 +263,3 @@ def store(z: DecodeSizes, w: CombineTiles, out) -> None:
         n = w.result[i].shape[0]
         source = w.result[i].reshape((n, z.heads, z.q_len, z.group * z.head_dim)).permute((0, 2, 1, 3))
         nisa.dma_copy(dst=rows[nl.ds(i * PMAX, n), :, nl.ds(z.first_head, z.heads), :], src=source)
-
-
-def merge_cores(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, out, sinks, v_scale) -> None:
-    """Folds of a head were shared by two cores: exchange numerators, maxima and sums; each core stores half of D."""
-    half = z.head_dim // 2
-    flat = z.heads * z.columns
-    for i in range(len(w.result)):
-        n = w.result[i].shape[0]
-        numerator, best, total = w.result[i], w.best[i], w.total[i]
-        other = nl.ndarray((n, z.heads, z.columns, z.head_dim), dtype=nl.float32, buffer=nl.sbuf)
-        other_best = nl.ndarray((n, z.heads, z.columns), dtype=nl.float32, buffer=nl.sbuf)
-        other_total = nl.ndarray((n, z.heads, z.columns), dtype=nl.float32, buffer=nl.sbuf)
-        top = nl.ndarray((n, z.heads, z.columns), dtype=nl.float32, buffer=nl.sbuf)
-        final = nl.ndarray((n, flat, half), dtype=z.dtype, buffer=nl.sbuf)
-        peer = 1 - z.core
-        nisa.sendrecv(src=best, dst=other_best, send_to_rank=peer, recv_from_rank=peer, pipe_id=0)
-        nisa.sendrecv(src=total, dst=other_total, send_to_rank=peer, recv_from_rank=peer, pipe_id=1)
-        nisa.sendrecv(src=numerator, dst=other, send_to_rank=peer, recv_from_rank=peer, pipe_id=2)
-        nisa.tensor_tensor(dst=top, data1=best, data2=other_best, op=nl.maximum)
-        for part in range(2):
-            own = part == 0
-            _rescale(z, t, top, best if own else other_best, total if own else other_total,
-                     numerator if own else other)
-        nisa.tensor_tensor(dst=total, data1=total, data2=other_total, op=nl.add)
-        nisa.tensor_copy(dst=best, src=top, engine=nisa.engine.vector)
-        inverse = invert_totals(z, t, w, i, 0, z.heads, sinks, v_scale)
-        mine = numerator.reshape((n, flat, z.head_dim))[:, :, nl.ds(z.core * half, half)]
-        theirs = other.reshape((n, flat, z.head_dim))[:, :, nl.ds(z.core * half, half)]
-        nisa.tensor_tensor(dst=mine, data1=mine, data2=theirs, op=nl.add)
-        nisa.tensor_tensor(dst=final, data1=mine, data2=inverse.expand_dim(2).broadcast(2, half), op=nl.multiply)
-        rows = out.reshape((z.num_seqs, z.q_len, z.heads, z.group, z.head_dim))
-        source = final.reshape((n, z.heads, z.q_len, z.group * half)).permute((0, 2, 1, 3))
-        for h in range(z.heads):
-            nisa.dma_copy(
-                dst=rows[nl.ds(i * PMAX, n), :, h, :, nl.ds(z.core * half, half)],
-                src=source[:, :, h, :].reshape_dim(2, (z.group, half)),
-            )
-
-
-def _rescale(z: DecodeSizes, t: DecodeTiles, top, best, total, numerator) -> None:
-    """total and numerator of one core times exp(best - top), in place; best is overwritten by the factor."""
-    scale = t.cap if z.soft_cap else t.scale
-    n = best.shape[0]
-    nisa.tensor_tensor(dst=best, data1=best, data2=top, op=nl.subtract)
-    for h in range(z.heads):
-        nisa.activation(dst=best[:, h, :], op=nl.exp, data=best[:, h, :], scale=scale[0:n, h : h + 1])
-    nisa.tensor_tensor(dst=total, data1=total, data2=best, op=nl.multiply)
-    nisa.tensor_tensor(
-        dst=numerator, data1=numerator, data2=best.expand_dim(3).broadcast(3, z.head_dim), op=nl.multiply
-    )

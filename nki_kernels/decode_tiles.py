@@ -8,7 +8,7 @@ sequences of a mixed fold, J (fold, sequence) pairs of this core, C1 = M·G scor
 
 from dataclasses import dataclass
 
-from nki_kernels.plan import RING_DEPTH, fold_order, slab_tokens_of
+from nki_kernels.plan_shape import RING_DEPTH, fold_order, slab_tokens_of
 from nki_kernels.toolchain import nisa, nl
 
 PMAX = 128
@@ -43,40 +43,14 @@ class DecodeSizes(nl.NKIObject):
     pack: int  # token slots per transpose: 2 when two heads fill the 128 rows
     chunks: int  # transposes per token slot: 2 when head_dim exceeds the 128 rows
     transposes: int  # per PSUM bank of transposed keys
-
-    @property
-    def columns(self) -> int:
-        return self.q_len * self.group
-
-    @property
-    def num_pairs(self) -> int:
-        return self.full_folds + self.mixed_folds * self.seqs
-
-    @property
-    def num_folds(self) -> int:
-        return self.full_folds + self.mixed_folds
-
-    @property
-    def parts(self) -> int:
-        return self.block_size // self.slab_tokens
-
-    @property
-    def chunk_dim(self) -> int:
-        return self.head_dim // self.chunks
-
-    @property
-    def key_rows(self) -> int:
-        """Partitions of a transposed key tile."""
-        return self.chunk_dim * self.pack
-
-    @property
-    def group_slots(self) -> int:
-        """Token slots per bank of transposed keys."""
-        return min(self.slab_tokens, self.transposes * self.pack // self.chunks)
-
-    @property
-    def num_groups(self) -> int:
-        return (self.slab_tokens + self.group_slots - 1) // self.group_slots
+    columns: int  # C1
+    num_pairs: int
+    num_folds: int
+    parts: int  # slabs per (block, head)
+    chunk_dim: int  # head_dim / chunks
+    key_rows: int  # partitions of a transposed key tile
+    group_slots: int  # token slots per bank of transposed keys
+    num_groups: int  # banks of transposed keys per unit
 
 
 def itemsize(dtype: str) -> int:
@@ -110,9 +84,14 @@ def decode_sizes(
     cores, core = nl.num_programs(0), nl.program_id(0)
     shards = cores if all_heads % cores != 0 else 1
     heads = all_heads if shards > 1 else all_heads // cores
+    group = num_heads // all_heads
     size = itemsize(query.dtype)
     slab_tokens = slab_tokens_of(block_size, head_dim, size)
-    psum_size = 4 if version == 2 else size
+    pack = 2 if head_dim == 64 and slab_tokens % 2 == 0 else 1
+    chunks = 2 if head_dim > PMAX else 1
+    transposes = PSUM_BANK_BYTES // (PMAX * (4 if version == 2 else size))
+    group_slots = min(slab_tokens, transposes * pack // chunks)
+    full_folds, mixed_folds = full_folds // shards, mixed_folds // shards
     return DecodeSizes(
         version=version,
         num_seqs=tokens // q_len,
@@ -120,22 +99,30 @@ def decode_sizes(
         heads=heads,
         first_head=0 if shards > 1 else core * heads,
         all_heads=all_heads,
-        group=num_heads // all_heads,
+        group=group,
         head_dim=head_dim,
         block_size=block_size,
         slab_tokens=slab_tokens,
         dtype=query.dtype,
         partial_dtype=nl.bfloat16 if query.dtype == nl.bfloat16 else nl.float32,
-        full_folds=full_folds // shards,
-        mixed_folds=mixed_folds // shards,
+        full_folds=full_folds,
+        mixed_folds=mixed_folds,
         seqs=seqs,
         shards=shards,
         core=core,
         window=window,
         soft_cap=soft_cap,
-        pack=2 if head_dim == 64 and slab_tokens % 2 == 0 else 1,
-        chunks=2 if head_dim > PMAX else 1,
-        transposes=PSUM_BANK_BYTES // (PMAX * psum_size),
+        pack=pack,
+        chunks=chunks,
+        transposes=transposes,
+        columns=q_len * group,
+        num_pairs=full_folds + mixed_folds * seqs,
+        num_folds=full_folds + mixed_folds,
+        parts=block_size // slab_tokens,
+        chunk_dim=head_dim // chunks,
+        key_rows=head_dim // chunks * pack,
+        group_slots=group_slots,
+        num_groups=(slab_tokens + group_slots - 1) // group_slots,
     )
 
 

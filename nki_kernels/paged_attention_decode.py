@@ -6,9 +6,11 @@ Owns the order in which stages are issued. Stages: `decode_stages`, `decode_comb
 """
 
 from nki_kernels import decode_combine as combine
+from nki_kernels import decode_merge as merge
+from nki_kernels import decode_setup as setup
 from nki_kernels import decode_stages as stages
 from nki_kernels.decode_tiles import allocate, decode_sizes, decode_units
-from nki_kernels.plan import RING_DEPTH
+from nki_kernels.plan_shape import RING_DEPTH
 from nki_kernels.toolchain import nki, nl
 
 
@@ -36,13 +38,13 @@ def paged_attention_decode(
     t = allocate(z, plan.shape[1])
     w = combine.allocate_combine(z)
     units = decode_units(z)
-    stages.load_plan(t, plan)
-    stages.setup_constants(z, t)  # before the gathers: GpSimd makes the iotas and the gathers' descriptors
+    setup.load_plan(t, plan)
+    setup.setup_constants(z, t)  # before the gathers: GpSimd makes the iotas and the gathers' descriptors
     early = min(2, len(units))
     _first_gathers(z, t, kv_cache, units, 0, early)
-    stages.setup_scales(z, t, softmax_scale, logits_soft_cap, k_scale)
-    stages.setup_plan(z, t)
-    stages.setup_query(z, t, query)
+    setup.setup_scales(z, t, softmax_scale, logits_soft_cap, k_scale)
+    setup.setup_plan(z, t)
+    setup.setup_query(z, t, query)
     combine.setup_combine(z, w, sinks, v_scale)
     _first_gathers(z, t, kv_cache, units, early, min(RING_DEPTH, len(units)))
     for i in range(len(units) + 2):
@@ -55,14 +57,14 @@ def paged_attention_decode(
         if i - 1 == len(units) or units[i - 1].head != done.head:
             combine.combine_head(z, t, w, done.head)
     if z.shards > 1:
-        combine.merge_cores(z, t, w, out, sinks, v_scale)
+        merge.merge_cores(z, t, w, out, sinks, v_scale)
     else:
         combine.store(z, w, out)
     return out
 
 
 def _first_gathers(z, t, kv_cache, units, first: int, end: int) -> None:
-    """Fills part of the ring. Mixed folds may skip rows, so their tiles are cleared; the plan fills those of full ones."""
+    """Fills part of the ring. Mixed folds may skip rows, so their tiles are cleared; full ones the plan fills."""
     for i in range(first, end):
         if units[i].mixed and not (units[i].split and z.parts == 1):
             stages.clear_slabs(z, t, units[i])

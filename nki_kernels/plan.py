@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Host side of paged decode attention: block tables and lengths to a fold plan (numpy only).
 
-Owns what a fold is, which slab goes where, and the bucket shapes. The kernel reads the plan; it decides nothing.
+Owns which slab goes where, and the choice of a bucket; shapes are `plan_shape`'s. The kernel decides nothing.
 
-A *slab* is the K and V of up to `slab_tokens` tokens of one (block, KV head): one DMA descriptor, one SBUF partition.
-A *fold* is 128 slabs fetched by one gather. A *full* fold holds 128 complete slabs of one sequence and needs no mask; a
-*mixed* fold holds what remains, slabs of up to S sequences. The cost of a step follows the folds, not num_seqs times
-the longest context. Blocks shared by sequences are read once per sequence: a fold read once for several sequences would
-be an unmasked fold with S columns; the arrays below have room for it (pair_seq), the planner does not build it yet.
+A *full* fold holds 128 complete slabs of one sequence and needs no mask; a *mixed* fold holds what remains, slabs of up
+to S sequences. The cost of a step follows the folds, not num_seqs times the longest context. Blocks shared by sequences
+are read once per sequence; a fold read once for all of them would be an unmasked fold with S pairs, which `pair_seq` can
+express and the kernel's full folds (one pair each) do not take yet.
 """
 
 from bisect import bisect_right
@@ -16,12 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .hardware import NUM_PARTITIONS
+from .plan_shape import RING_DEPTH, SLABS_PER_FOLD, PlanShape, SlabLayout, fold_order, shard_fold_number
 
-SLABS_PER_FOLD = NUM_PARTITIONS
-RING_DEPTH = 6  # slab tiles in flight in the kernel; its first touches of a tile must not leave memory unwritten
-MAX_SLAB_BYTES = 16 * 1024  # per partition and tile: large enough for the DMA rate, small enough for RING_DEPTH tiles
-MAX_INDEX = 1 << 24  # row ids pass through fp32 on some paths: exact below this
 FP32_EXACT = 1 << 24
 # Modelled ns per token slot of a fold, NeuronCore-v3: TensorE (transpose, scores, values), VectorE per score column.
 _TENSOR_NS, _VECTOR_NS, _VECTOR_COLUMN_NS = 107.0, 36.0, 3.4
@@ -29,111 +24,6 @@ _TENSOR_NS, _VECTOR_NS, _VECTOR_COLUMN_NS = 107.0, 36.0, 3.4
 
 class PlanOverflowError(ValueError):
     """The batch needs more sequences or folds than the shape has."""
-
-
-@dataclass(frozen=True)
-class SlabLayout:
-    """How the kernel cuts one layer's cache [num_blocks, num_kv_heads, 2, block_size, head_dim] into slabs.
-
-    slab_tokens: tokens of one slab, block_size or a divisor of it (see `slab_tokens_of`). With several slabs per block
-    K and V of a slab are not adjacent, so the kernel fetches them by two gathers.
-    """
-
-    num_blocks: int
-    num_kv_heads: int
-    block_size: int
-    slab_tokens: int
-
-    def __post_init__(self) -> None:
-        for name in ("num_blocks", "num_kv_heads", "block_size", "slab_tokens"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"SlabLayout.{name}: got {value!r}, need a positive integer.")
-        if self.block_size % self.slab_tokens:
-            raise ValueError(
-                f"SlabLayout.slab_tokens: got {self.slab_tokens}, need a divisor of block_size {self.block_size}."
-            )
-        if self.dead_row + 2 * self.row_step * self.num_kv_heads >= MAX_INDEX:
-            raise ValueError(
-                f"SlabLayout.num_blocks: {self.num_blocks} blocks x {self.num_kv_heads} heads make {self.dead_row} rows,"
-                f" need fewer than {MAX_INDEX}. Use larger blocks or fewer heads per core."
-            )
-
-    @property
-    def parts(self) -> int:
-        """Slabs per (block, head)."""
-        return self.block_size // self.slab_tokens
-
-    @property
-    def row_step(self) -> int:
-        """Rows of one (block, head) in the kernel's view of the cache."""
-        return 1 if self.parts == 1 else 2 * self.parts
-
-    @property
-    def dead_row(self) -> int:
-        """First row id past the cache: the gather skips it."""
-        return self.num_blocks * self.num_kv_heads * self.row_step
-
-
-@dataclass(frozen=True)
-class PlanShape:
-    """The bucket (N, F1, F2, S) that a compiled kernel serves.
-
-    num_seqs: rows of the batch. full_folds, mixed_folds: folds of each kind. seqs_per_mixed_fold: sequences that may
-    share a mixed fold. num_cores: NeuronCores that share the work (LNC), KV heads first, folds if the heads do not
-    divide (both fold counts must then be even).
-    """
-
-    num_seqs: int
-    full_folds: int
-    mixed_folds: int
-    seqs_per_mixed_fold: int = 1
-    num_cores: int = 1
-
-    def __post_init__(self) -> None:
-        lows = {"num_seqs": 1, "full_folds": 0, "mixed_folds": 0, "seqs_per_mixed_fold": 1, "num_cores": 1}
-        for name, low in lows.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < low:
-                raise ValueError(f"PlanShape.{name}: got {value!r}, need an integer >= {low}.")
-        if self.num_cores > 2:
-            raise ValueError(f"PlanShape.num_cores: got {self.num_cores}, need 1 or 2.")
-        if self.num_folds == 0:
-            raise ValueError("PlanShape: full_folds and mixed_folds are both 0, need at least one fold.")
-
-    @property
-    def num_folds(self) -> int:
-        return self.full_folds + self.mixed_folds
-
-    @property
-    def num_pairs(self) -> int:
-        """(fold, sequence) pairs: one partial result each."""
-        return self.full_folds + self.mixed_folds * self.seqs_per_mixed_fold
-
-    def fold_shards(self, num_kv_heads: int) -> int:
-        """Cores that share the folds of one KV head: 1 if the heads divide among the cores."""
-        return self.num_cores if num_kv_heads % self.num_cores else 1
-
-    def table_shape(self, num_kv_heads: int) -> tuple[int, int]:
-        """Shape of `DecodePlan.table`."""
-        return SLABS_PER_FOLD, num_kv_heads * self.num_folds + 2 * self.mixed_folds + self.num_pairs
-
-    def padded(self) -> "PlanShape":
-        """This shape rounded up to the ladder: fold counts in steps of at most 1/4, num_seqs to powers of two."""
-        return replace(
-            self,
-            num_seqs=1 << (self.num_seqs - 1).bit_length(),
-            full_folds=_ladder(self.full_folds),
-            mixed_folds=_ladder(self.mixed_folds),
-        )
-
-
-def _ladder(count: int) -> int:
-    """0..8, 10, 12, 14, 16, 20, 24, 28, 32, 40, …: the smallest rung that holds `count`."""
-    if count <= 8:
-        return count
-    step = 1 << ((count - 1).bit_length() - 3)
-    return -(-count // step) * step
 
 
 @dataclass(frozen=True)
@@ -235,33 +125,6 @@ def _spans(lens: np.ndarray, layout: SlabLayout, q_len: int, window: int) -> _Sp
     first = np.maximum(lens - q_len - window + 1, 0) // tokens  # the earliest query token sees furthest back
     full_first = -(-np.maximum(lens - window, 0) // tokens)  # visible to the latest query token too
     return _Spans(first, end, full_first, np.maximum(full_end, full_first))
-
-
-def slab_tokens_of(block_size: int, head_dim: int, itemsize: int) -> int:
-    """Tokens per slab for a cache computed in elements of `itemsize` bytes: block_size, halved until a slab fits."""
-    tokens = block_size
-    while 2 * tokens * head_dim * itemsize > MAX_SLAB_BYTES and tokens % 2 == 0:
-        tokens //= 2
-    return tokens
-
-
-def fold_order(full_folds: int, mixed_folds: int) -> list[int]:
-    """Order in which the kernel visits the folds of a head (mixed ones are numbered from full_folds on).
-
-    Mixed folds come after the first ring of full ones, whose tiles they can use without clearing them; with fewer full
-    folds after the first one, while the kernel waits for data anyway. A full fold comes last: its softmax is the shorter.
-    """
-    lead = RING_DEPTH
-    if full_folds <= RING_DEPTH:
-        lead = 1 if full_folds > 1 else 0
-    order = []
-    for fold in range(lead):
-        order.append(fold)
-    for fold in range(mixed_folds):
-        order.append(full_folds + fold)
-    for fold in range(lead, full_folds):
-        order.append(fold)
-    return order
 
 
 def _as_lens(context_lens: np.ndarray, q_len: int) -> np.ndarray:
@@ -369,8 +232,8 @@ def plan_decode(
     """The fold plan of one decode step.
 
     block_table [num_seqs, max_blocks_per_seq] int32; context_lens [num_seqs] int32, this step's tokens included, 0 for
-    a padded row; num_seqs may be smaller than shape.num_seqs. q_len: query tokens per sequence. sliding_window: 0 = off;
-    blocks that no query token sees are left out. check: also verify the result (slow). Raises PlanOverflowError if the
+    a padded row; num_seqs may be smaller than shape.num_seqs. q_len: query tokens per sequence. sliding_window: 0 = off,
+    else blocks that no query token sees are left out. check: also verify the result (slow). Raises PlanOverflowError if the
     shape is too small, ValueError for bad arguments.
     """
     lens = _as_lens(context_lens, q_len)
@@ -492,12 +355,3 @@ def _fill_first_touches(rows: np.ndarray, base: np.ndarray, layout: SlabLayout, 
             fold = shard_fold_number(order[place], core, full, mixed, shards)
             if fold < shape.full_folds and dead[fold]:
                 rows[:, head, fold] = spare + head * layout.row_step
-
-
-def shard_fold_number(fold: int, shard: int, full_folds: int, mixed_folds: int, shards: int) -> int:
-    """Global number of fold `fold` of one shard, whose share is full_folds full and mixed_folds mixed folds."""
-    if shards == 1:
-        return fold
-    if fold < full_folds:
-        return shard * full_folds + fold
-    return (shards - 1) * full_folds + shard * mixed_folds + fold
