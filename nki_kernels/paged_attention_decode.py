@@ -30,7 +30,34 @@ def paged_attention_decode(
     k_scale=None,
     v_scale=None,
 ):
-    """Attention of q_len query tokens per sequence to all cached tokens up to themselves."""
+    """Attention of q_len query tokens per sequence to all cached tokens up to themselves.
+
+    Dimensions: N num_seqs, M q_len, H KV heads, G query heads per KV head, D head_dim, B block_size, T tokens per slab,
+    (F1, F2, S) = (full_folds, mixed_folds, seqs_per_mixed_fold), J = F1 + F2·S pairs, P = 128 partitions.
+
+    Args:
+        query: [N·M, H·G, D] bf16, fp16 or fp32: the dtype of every matmul operand and of the output.
+        kv_cache: [num_blocks, H, 2, B, D], the query's dtype or any float dtype that DMA converts to it (fp8 e4m3 too).
+        plan: [128, W] int32, `DecodePlan.table` for this cache and bucket.
+        softmax_scale, logits_soft_cap, sliding_window: floats and int; 0 switches the last two off.
+        sinks: [H·G] fp32 logits without a value, or None.
+        k_scale, v_scale: [H] fp32, positive, of an fp8 cache, or None.
+    Returns [N·M, H·G, D]; zeros for rows without a sequence.
+
+    Constraints (checked on the host by `DecodeProblem.check`):
+        M·G·S <= 64: one matmul of 64 columns costs as much as one of 8; beyond that VectorE limits.
+        head_dim <= 256: two contractions of up to 128 rows, added while their scores leave PSUM.
+        Unused slots of live blocks must be finite: they are multiplied by zero. Whole unused blocks are never read.
+        Row ids < 2^24: they may pass through fp32 on the device.
+
+    Pseudocode, for each KV head h and fold f (a unit), three units in flight:
+        slabs[P, 2, T, D]   = gather(kv_cache rows plan.rows[:, h, f])               one descriptor per slab
+        scores[P, C, T]     = (slabs[:, 0] · query of the fold's pairs), masked if f is mixed
+        m[C]                = max over P, T ;  p = exp(scale · (scores - m)) ;  l[C] = sum p
+        o[D, C]             = sum over P, T of p · slabs[:, 1]
+    and per head, over its pairs j with M = max of m over the pairs of a row:
+        out[n] = sum_j [pair_seq[j] = n] exp(scale · (m_j - M_n)) · o_j  /  the same sum of l_j
+    """
     z = decode_sizes(
         query, kv_cache, full_folds, mixed_folds, seqs_per_mixed_fold, q_len, sliding_window, logits_soft_cap > 0.0
     )

@@ -5,8 +5,8 @@ Owns which slab goes where, and the choice of a bucket; shapes are `plan_shape`'
 
 A *full* fold holds 128 complete slabs of one sequence and needs no mask; a *mixed* fold holds what remains, slabs of up
 to S sequences. The cost of a step follows the folds, not num_seqs times the longest context. Blocks shared by sequences
-are read once per sequence; a fold read once for all of them would be an unmasked fold with S pairs, which `pair_seq` can
-express and the kernel's full folds (one pair each) do not take yet.
+are read once per sequence; a fold read once for all of them would be an unmasked fold with S pairs, which `pair_seq`
+can express and the kernel's full folds (one pair each) do not take yet.
 """
 
 from bisect import bisect_right
@@ -141,23 +141,23 @@ def _as_lens(context_lens: np.ndarray, q_len: int) -> np.ndarray:
     return lens
 
 
-def _cut(counts: np.ndarray, limit: int) -> tuple[np.ndarray, list[int], np.ndarray]:
+def _cut(counts: np.ndarray, limit: int) -> tuple[np.ndarray, list[int]]:
     """Packs leftovers into mixed folds of at most SLABS_PER_FOLD slabs and `limit` sequences.
 
-    Returns (sequences in packing order, first item of each fold and the total, running slab counts of the order).
+    Returns (sequences in packing order, first item of each fold and the total).
     Large and small leftovers alternate, so that the limit on sequences rarely leaves a fold half empty.
     """
     order = np.argsort(-counts, kind="stable")[: int((counts > 0).sum())]
     half = (len(order) + 1) // 2
     mixed = np.empty_like(order)
     mixed[0::2], mixed[1::2] = order[:half], order[half:][::-1]
-    running = np.concatenate([[0], np.cumsum(counts[mixed])])
-    cum, bounds, start = running.tolist(), [0], 0
+    cum, bounds, start, last = [0, *np.cumsum(counts[mixed]).tolist()], [0], 0, len(mixed)
     while start < cum[-1]:
         first = bisect_right(cum, start) - 1
-        start = min(start + SLABS_PER_FOLD, cum[min(first + limit, len(cum) - 1)])
+        reach = cum[first + limit] if first + limit < last else cum[-1]
+        start = reach if reach < start + SLABS_PER_FOLD else start + SLABS_PER_FOLD
         bounds.append(start)
-    return mixed, bounds, running
+    return mixed, bounds
 
 
 class _Demand(NamedTuple):
@@ -232,12 +232,12 @@ def plan_decode(
     """The fold plan of one decode step.
 
     block_table [num_seqs, max_blocks_per_seq] int32; context_lens [num_seqs] int32, this step's tokens included, 0 for
-    a padded row; num_seqs may be smaller than shape.num_seqs. q_len: query tokens per sequence. sliding_window: 0 = off,
-    else blocks that no query token sees are left out. check: also verify the result (slow). Raises PlanOverflowError if the
-    shape is too small, ValueError for bad arguments.
+    a padded row; num_seqs may be smaller than shape.num_seqs. q_len: query tokens per sequence. sliding_window: 0 is
+    off, else blocks that no query token sees are left out. check: also verify the result (slow). Raises
+    PlanOverflowError if the shape is too small, ValueError for bad arguments.
     """
     lens = _as_lens(context_lens, q_len)
-    table = np.asarray(block_table)
+    table = np.ascontiguousarray(block_table)
     if table.ndim != 2 or len(table) != len(lens) or table.dtype.kind not in "iu":
         raise ValueError(
             f"block_table: got {list(table.shape)} {table.dtype}, need [{len(lens)}, max_blocks_per_seq] int32."
@@ -254,13 +254,13 @@ def plan_decode(
             f"need even counts, because {layout.num_kv_heads} KV heads do not divide."
         )
     demand = _demand(lens, layout, q_len, sliding_window, shape.full_folds)
-    order, bounds, running = _cut(demand.leftover, shape.seqs_per_mixed_fold)
+    order, bounds = _cut(demand.leftover, shape.seqs_per_mixed_fold)
     if len(lens) > shape.num_seqs or len(bounds) - 1 > shape.mixed_folds:
         raise PlanOverflowError(
             f"shape: {len(lens)} sequences need {int(demand.full.sum())} full and {len(bounds) - 1} mixed folds, "
             f"{shape} has fewer. Use the next larger bucket, or split the batch."
         )
-    plan = _fill(table, demand, order, np.asarray(bounds), running, layout, shape, q_len, sliding_window)
+    plan = _fill(table, demand, order, np.asarray(bounds), layout, shape, q_len, sliding_window)
     if check:
         plan.check(table, lens)
     return plan
@@ -271,60 +271,65 @@ def _fill(
     demand: _Demand,
     order: np.ndarray,
     bounds: np.ndarray,
-    running: np.ndarray,
     layout: SlabLayout,
     shape: PlanShape,
     q_len: int,
     window: int,
 ) -> DecodePlan:
-    """Writes the arrays; `order`, `bounds`, `running` as `_cut` returns them."""
-    spans, limit = demand.spans, shape.seqs_per_mixed_fold
+    """Writes the arrays; `order` and `bounds` as `_cut` returns them."""
+    spans, limit, tokens = demand.spans, shape.seqs_per_mixed_fold, layout.slab_tokens
     out = np.empty(shape.table_shape(layout.num_kv_heads), np.int32)
     plan = DecodePlan(shape, layout, out, q_len, window)
     base = np.full((shape.num_folds, SLABS_PER_FOLD), layout.dead_row, np.int32)  # rows of head 0
     pairs = np.full(shape.num_pairs, -1, np.int32)
+    slabs_per_row = block_table.shape[1] * layout.parts
 
     owner = np.repeat(np.arange(len(demand.full)), demand.full)  # full folds
     within = np.arange(len(owner)) - np.repeat(np.cumsum(demand.full) - demand.full, demand.full)
-    slab = (spans.full_first[owner] + SLABS_PER_FOLD * within)[:, None] + np.arange(SLABS_PER_FOLD)
-    base[: len(owner)] = _rows(block_table, owner[:, None], slab, layout)
+    first = owner * slabs_per_row + spans.full_first[owner] + SLABS_PER_FOLD * within
+    base[: len(owner)] = _rows(block_table, first[:, None] + np.arange(SLABS_PER_FOLD), layout)
     pairs[: len(owner)] = owner
 
-    total = int(bounds[-1])  # mixed folds: items are the leftover slabs in packing order
-    item = np.arange(total)
-    rank = np.repeat(np.arange(len(order)), demand.leftover[order])
-    seq = order[rank]
-    slab = spans.first[seq] + item - running[rank]
-    head_part = spans.full_first[seq]  # slabs below come first, then what follows the full folds
-    slab += np.where(slab >= head_part, demand.full[seq] * SLABS_PER_FOLD, 0)
-    fold = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
-    position = item - bounds[fold]
-    local = rank - rank[bounds[:-1]][fold] if total else rank
-    base[shape.full_folds + fold, position] = _rows(block_table, seq, slab, layout)
-    pairs[shape.full_folds + fold * limit + local] = seq
-    slab_len = np.zeros((shape.mixed_folds, SLABS_PER_FOLD), np.int32)
-    slab_seq = np.full((shape.mixed_folds, SLABS_PER_FOLD), -1, np.int32)
-    slab_len[fold, position] = demand.lens[seq] - slab * layout.slab_tokens
-    slab_seq[fold, position] = local
-    plan.slab_len[...], plan.slab_seq[...] = slab_len.T, slab_seq.T
+    # Mixed folds. Items are leftover slabs in packing order: per sequence those before and those after its full folds.
+    before = (spans.full_first - spans.first)[order] * (demand.full[order] > 0)
+    runs = np.stack([before, demand.leftover[order] - before], axis=1).reshape(-1)
+    skipped = np.stack([np.zeros_like(before), before + demand.full[order] * SLABS_PER_FOLD], axis=1).reshape(-1)
+    seq, rank = np.repeat(order, 2), np.repeat(np.arange(len(order)), 2)
+    start = spans.first[seq] + skipped - (np.cumsum(runs) - runs)  # slab number minus item number
+    sizes, folds = np.diff(bounds), np.arange(len(bounds) - 1)
+    item = np.arange(int(bounds[-1]))
+    place = np.repeat((shape.full_folds + folds) * SLABS_PER_FOLD - bounds[:-1], sizes) + item
+    local = np.repeat(rank, runs)
+    opening = local[bounds[:-1]]  # rank of the first sequence of each fold
+    seq_of_item = np.repeat(seq, runs)
+    local -= np.repeat(opening, sizes)
+    base.reshape(-1)[place] = _rows(block_table, np.repeat(start + seq * slabs_per_row, runs) + item, layout)
+    place -= shape.full_folds * SLABS_PER_FOLD
+    masks = np.empty((2, shape.mixed_folds, SLABS_PER_FOLD), np.int32)
+    masks[0], masks[1] = 0, -1
+    masks[0].reshape(-1)[place] = np.repeat(demand.lens[seq] - start * tokens, runs) - item * tokens
+    masks[1].reshape(-1)[place] = local
+    pairs[shape.full_folds + np.repeat(folds, sizes) * limit + local] = seq_of_item
+    plan.slab_len[...], plan.slab_seq[...] = masks[0].T, masks[1].T
     plan.pair_seq[...] = pairs
 
     heads = np.arange(layout.num_kv_heads, dtype=np.int32) * np.int32(layout.row_step)
     rows = plan.rows.reshape(SLABS_PER_FOLD, layout.num_kv_heads, shape.num_folds)
-    np.add(base.T[:, None, :], heads[:, None], out=rows)
+    np.add(np.ascontiguousarray(base.T)[:, None, :], heads[:, None], out=rows)
     _fill_first_touches(rows, base, layout, shape)
     return plan
 
 
-def _rows(block_table: np.ndarray, seq: np.ndarray, slab: np.ndarray, layout: SlabLayout) -> np.ndarray:
-    """Cache rows of head 0 for slabs of sequences. ValueError for a block id outside the cache."""
+def _rows(block_table: np.ndarray, slab: np.ndarray, layout: SlabLayout) -> np.ndarray:
+    """Cache rows of head 0 for slabs numbered through the whole table. ValueError for a block id outside the cache."""
+    flat = block_table.reshape(-1)
     if layout.parts == 1:
-        block = block_table[seq, slab]
+        block = flat.take(slab)
         rows = block * np.int32(layout.num_kv_heads)
     else:
         index, part = np.divmod(slab, layout.parts)
-        block = block_table[seq, index]
-        rows = block * np.int32(layout.num_kv_heads * layout.row_step) + part
+        block = flat.take(index)
+        rows = block * np.int32(layout.num_kv_heads * layout.row_step) + part.astype(np.int32)
     if block.size and (int(block.min()) < 0 or int(block.max()) >= layout.num_blocks):
         raise ValueError(
             f"block_table: live entries reach {int(block.min())}..{int(block.max())}, need 0..{layout.num_blocks - 1}."

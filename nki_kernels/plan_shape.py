@@ -2,7 +2,7 @@
 """Shapes of decode plans: how the cache is cut into slabs, what a bucket holds, in which order folds are visited.
 
 A *slab* is the K and V of up to `slab_tokens` tokens of one (block, KV head): one SBUF partition, one or two DMA
-descriptors. A *fold* is 128 slabs fetched by one gather. Shared by host and kernel: the functions use NKI's subset of Python.
+descriptors. A *fold* is 128 slabs fetched by one gather. Shared by host and kernel: functions use NKI's Python subset.
 """
 
 from dataclasses import dataclass, replace
