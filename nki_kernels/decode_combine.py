@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Combine of the paged decode kernel: partial outputs of (fold, sequence) pairs to one output row per query token.
 
-Weights exp(m - M) are computed with batch rows on partitions and pairs on the free axis, transposed, and applied by a
+Weights exp(m - M)·l are computed with batch rows on partitions and pairs on the free axis, transposed, and applied by a
 matmul over pairs; the same rounded weights enter numerator and denominator. Legend: see `decode_tiles`.
 """
 
@@ -21,8 +21,8 @@ class CombineTiles(nl.NKIObject):
     """SBUF of the combine, allocated once; lists are per 128 batch rows or per 128 pairs."""
 
     masked: object  # [128, C1, J+1] bf16, the last column FLOOR
-    weights: list  # per 128 rows [n, C1, J] partial_dtype
-    weighted: object  # [128, C1, J] fp32
+    factors: list  # per 128 rows [n, C1, J] fp32, exp(m - M)
+    weights: list  # per 128 rows [n, C1, J] in dtype, factors times sums
     weights_t: list  # per 128 rows, per 128 pairs [J', C1, n]
     partial_t: list  # per 128 pairs [J', C1, D]
     best: list  # per 128 rows [n, H, C1] fp32, maximum of the scores
@@ -40,15 +40,16 @@ def allocate_combine(z: DecodeSizes) -> CombineTiles:
     pairs, columns = z.num_pairs, z.columns
     rows = min(z.num_seqs, PMAX)
     weights, weights_t, partial_t, best, total, inverse, result = [], [], [], [], [], [], []
-    peer, halves = [], []
+    factors, peer, halves = [], [], []
     for j0 in range(0, pairs, PMAX):
         count = min(pairs - j0, PMAX)
-        partial_t.append(nl.ndarray((count, columns, z.head_dim), dtype=z.partial_dtype, buffer=nl.sbuf))
+        partial_t.append(nl.ndarray((count, columns, z.head_dim), dtype=z.dtype, buffer=nl.sbuf))
     for n0 in range(0, z.num_seqs, PMAX):
         n = min(z.num_seqs - n0, PMAX)
-        weights.append(nl.ndarray((n, columns, pairs), dtype=z.partial_dtype, buffer=nl.sbuf))
+        factors.append(nl.ndarray((n, columns, pairs), dtype=nl.float32, buffer=nl.sbuf))
+        weights.append(nl.ndarray((n, columns, pairs), dtype=z.dtype, buffer=nl.sbuf))
         for j0 in range(0, pairs, PMAX):
-            weights_t.append(nl.ndarray((min(pairs - j0, PMAX), columns, n), dtype=z.partial_dtype, buffer=nl.sbuf))
+            weights_t.append(nl.ndarray((min(pairs - j0, PMAX), columns, n), dtype=z.dtype, buffer=nl.sbuf))
         best.append(nl.ndarray((n, z.heads, columns), dtype=nl.float32, buffer=nl.sbuf))
         total.append(nl.ndarray((n, z.heads, columns), dtype=nl.float32, buffer=nl.sbuf))
         inverse.append(nl.ndarray((n, z.heads * columns), dtype=nl.float32, buffer=nl.sbuf))
@@ -62,7 +63,7 @@ def allocate_combine(z: DecodeSizes) -> CombineTiles:
     return CombineTiles(
         masked=nl.ndarray((rows, columns, pairs + 1), dtype=nl.bfloat16, buffer=nl.sbuf),
         weights=weights,
-        weighted=nl.ndarray((rows, columns, pairs), dtype=nl.float32, buffer=nl.sbuf),
+        factors=factors,
         weights_t=weights_t,
         partial_t=partial_t,
         best=best,
@@ -102,7 +103,7 @@ def transpose_partials(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, head: in
                     nisa.nc_matmul(
                         dst=bank[:, x, :],
                         stationary=t.partial[first + c][:, x0 + x, nl.ds(jc * PMAX, pairs)],
-                        moving=t.partial_identity[0 : z.chunk_dim, 0 : z.chunk_dim],
+                        moving=t.operand_identity[0 : z.chunk_dim, 0 : z.chunk_dim],
                         accumulate=False,
                     )
                 _drain(
@@ -119,9 +120,9 @@ def _drain(dst, src, on_scalar: bool) -> None:
 
 
 def pair_weights(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, head: int, i: int) -> None:
-    """exp(m - M) of every (batch row, pair), zero for pairs of other rows, and M of each row."""
+    """Factors exp(m - M) of every (batch row, pair), zero for pairs of other rows, and M of each row."""
     n, pairs = w.result[i].shape[0], z.num_pairs
-    masked, weighted = w.masked[0:n, :, 0:pairs], w.weighted[0:n]
+    masked, factors = w.masked[0:n, :, 0:pairs], w.factors[i]
     best = w.best[i][:, head, :]
     nisa.tensor_tensor(
         dst=masked,
@@ -130,18 +131,16 @@ def pair_weights(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, head: int, i: 
         op=nl.add,
     )
     nisa.tensor_reduce(dst=best, op=nl.maximum, data=w.masked[0:n], axis=2)
-    nisa.tensor_tensor(dst=weighted, data1=masked, data2=best.expand_dim(2).broadcast(2, pairs), op=nl.subtract)
+    nisa.tensor_tensor(dst=factors, data1=masked, data2=best.expand_dim(2).broadcast(2, pairs), op=nl.subtract)
     scale = t.cap if z.soft_cap else t.scale
-    nisa.activation(dst=w.weights[i], op=nl.exp, data=weighted, scale=scale[0:n, head : head + 1])
+    nisa.activation(dst=factors, op=nl.exp, data=factors, scale=scale[0:n, head : head + 1])
 
 
 def pair_totals(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, head: int, i: int) -> None:
-    """Denominators: weighted sums of the pairs' sums."""
-    n = w.result[i].shape[0]
-    weighted = w.weighted[0:n]
-    sums = t.pair_sum[head % len(t.pair_sum)][0:n]
-    nisa.tensor_tensor(dst=weighted, data1=w.weights[i], data2=sums, op=nl.multiply)
-    nisa.tensor_reduce(dst=w.total[i][:, head, :], op=nl.add, data=weighted, axis=2)
+    """Weights of the normalised partial outputs, and their sum: the denominator."""
+    sums = t.pair_sum[head % len(t.pair_sum)][0 : w.result[i].shape[0]]
+    nisa.tensor_tensor(dst=w.weights[i], data1=w.factors[i], data2=sums, op=nl.multiply)
+    nisa.tensor_reduce(dst=w.total[i][:, head, :], op=nl.add, data=w.weights[i], axis=2)
 
 
 def transpose_weights(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, i: int, banks: list) -> None:
@@ -158,7 +157,7 @@ def transpose_weights(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, i: int, b
                 nisa.nc_matmul(
                     dst=bank[:, x, :],
                     stationary=w.weights[i][:, x0 + x, nl.ds(jc * PMAX, pairs)],
-                    moving=t.partial_identity[0:n, 0:n],
+                    moving=t.operand_identity[0:n, 0:n],
                     accumulate=False,
                 )
             _drain(target[:, nl.ds(x0, count), :], bank, False)

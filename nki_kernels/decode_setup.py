@@ -19,7 +19,6 @@ def setup_constants(z: DecodeSizes, t: DecodeTiles) -> None:
     nisa.iota(dst=ramp, pattern=[[1, PMAX]], offset=0, channel_multiplier=-1)  # column - row
     nisa.tensor_scalar(dst=t.identity, data=ramp, op0=nl.equal, operand0=0.0)
     nisa.tensor_scalar(dst=t.operand_identity, data=ramp, op0=nl.equal, operand0=0.0)
-    nisa.tensor_scalar(dst=t.partial_identity, data=ramp, op0=nl.equal, operand0=0.0)
     nisa.memset(dst=t.ones, value=1.0)
     nisa.memset(dst=t.zero, value=0.0)
     nisa.iota(dst=t.row, pattern=[[PMAX, len(t.onehot)]], offset=0, channel_multiplier=1)

@@ -273,12 +273,17 @@ def probability_sums(z: DecodeSizes, t: DecodeTiles, u: Unit) -> None:
     total = t.sum_psum[:, 0 : u.columns * step].reshape((PMAX, u.columns, step))
     for slot in range(0, z.slab_tokens, step):
         nisa.nc_matmul(dst=total, stationary=t.ones, moving=probs[:, :, nl.ds(slot, step)], accumulate=slot > 0)
-    nisa.tensor_reduce(dst=pair_view(z, t.pair_sum, u), op=nl.add, data=total, axis=2)
+    sums = pair_view(z, t.pair_sum, u)
+    nisa.tensor_reduce(dst=sums, op=nl.add, data=total, axis=2)
+    nisa.reciprocal(dst=t.inverse_sum[u.phase][:, 0 : u.columns], data=sums)
 
 
 def store_partials(z: DecodeSizes, t: DecodeTiles, u: Unit) -> None:
-    """The unit's partial output into the pair's place."""
+    """The unit's partial output, normalised so that it fits any dtype, into the pair's place."""
     for c in range(z.chunks):
-        nisa.activation(
-            dst=pair_view(z, t.partial, u, c, z.chunks), op=nl.copy, data=t.out_psum[c][:, 0 : u.columns]
+        nisa.tensor_tensor(
+            dst=pair_view(z, t.partial, u, c, z.chunks),
+            data1=t.out_psum[c][:, 0 : u.columns],
+            data2=t.inverse_sum[u.phase][0 : z.chunk_dim, 0 : u.columns],
+            op=nl.multiply,
         )

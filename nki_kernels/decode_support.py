@@ -114,7 +114,6 @@ class DecodeProblem:
     def sbuf_bytes(self, shape: PlanShape) -> int:
         """Bytes per partition of all tiles the kernel allocates for a bucket."""
         size, tokens = ITEMSIZE[self.query_dtype], self.slab_tokens
-        partial = 2 if self.query_dtype == "bfloat16" else 4
         shards = shape.fold_shards(self.num_kv_heads)
         heads = self.num_kv_heads // (1 if shards > 1 else shape.num_cores)
         columns, head_columns = self.columns_per_seq, heads * self.columns_per_seq
@@ -131,13 +130,13 @@ class DecodeProblem:
         queries = max(pack, chunks) * pairs * head_columns * size
         queries += row_tiles * head_columns * self.head_dim * (3 if pack == 2 else 1) * size
         one_hots = row_tiles * pairs * (size + 2)
-        constants = NUM_PARTITIONS * (4 + 2 + 2 * size + partial) + 4 * self.q_len * tokens
+        constants = NUM_PARTITIONS * (4 + 2 + 2 * size) + 4 * self.q_len * tokens
         slabs = (RING_DEPTH + (1 if self.block_size == tokens else 0)) * slab
         unit = 2 * (key_banks * 2048 // (2 if self.target in ("trn1", "inf2") and size == 2 else 1)
-                    + widest * tokens * (4 + size) + 4 * shape.seqs_per_mixed_fold * (self.q_len * tokens + 1))
-        statistics = parity * columns * pairs * (2 + 4 + chunks * partial)
-        combine = columns * (pairs + 1) * (2 + 4) + row_tiles * columns * pairs * partial
-        combine += row_tiles * pair_tiles * columns * rows * partial + pair_tiles * columns * self.head_dim * partial
+                    + widest * (tokens * (4 + size) + 8) + 4 * shape.seqs_per_mixed_fold * (self.q_len * tokens + 1))
+        statistics = parity * columns * pairs * (2 + 4 + chunks * size)
+        combine = columns * (pairs + 1) * 2 + row_tiles * columns * pairs * (4 + size)
+        combine += row_tiles * pair_tiles * columns * rows * size + pair_tiles * columns * self.head_dim * size
         result = row_tiles * head_columns * (self.head_dim * size + 16)
         if shards > 1:
             result = row_tiles * head_columns * (self.head_dim * (8 + size) + 32)

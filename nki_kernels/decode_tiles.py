@@ -19,7 +19,7 @@ MAX_COLUMNS = 64  # C: above, the moving operand leaves TensorE's 64-cycle floor
 
 @dataclass
 class DecodeSizes(nl.NKIObject):
-    """What one program of the kernel computes; all ints except `dtype` and `partial_dtype`."""
+    """What one program of the kernel computes; all ints except `dtype`."""
 
     version: int
     num_seqs: int
@@ -32,7 +32,6 @@ class DecodeSizes(nl.NKIObject):
     block_size: int
     slab_tokens: int
     dtype: str  # of every matmul operand: the query's
-    partial_dtype: str  # of partial outputs and their weights
     full_folds: int  # of this core
     mixed_folds: int
     seqs: int  # S
@@ -104,7 +103,6 @@ def decode_sizes(
         block_size=block_size,
         slab_tokens=slab_tokens,
         dtype=query.dtype,
-        partial_dtype=nl.bfloat16 if query.dtype == nl.bfloat16 else nl.float32,
         full_folds=full_folds,
         mixed_folds=mixed_folds,
         seqs=seqs,
@@ -169,7 +167,6 @@ class DecodeTiles(nl.NKIObject):
     cap: object  # [128, H] fp32, scale of exp after a soft cap
     identity: object  # [128, 128] bf16
     operand_identity: object  # [128, 128] in dtype
-    partial_identity: object  # [128, 128] in partial_dtype
     ones: object  # [128, 128] in dtype
     token: object  # [128, 1, M·T] fp32: position of (query token, slot), see mask
     seq_index: object  # [128, S] fp32
@@ -189,6 +186,7 @@ class DecodeTiles(nl.NKIObject):
     violation: list  # 2 of [128, S·M, T] fp32
     row_max: list  # 2 of [128, C] bf16
     fold_max: list  # 2 of [C, 1] bf16
+    inverse_sum: list  # 2 of [128, C] fp32
     pair_max: list  # per head parity [128, C1, J] bf16: the maxima are bf16 values
     pair_sum: list  # per head parity [128, C1, J] fp32
     partial: list  # per head parity, per chunk [chunk_dim, C1, J]
@@ -222,7 +220,6 @@ def allocate(z: DecodeSizes, table_width: int) -> DecodeTiles:
         cap=nl.ndarray((PMAX, z.heads), dtype=nl.float32, buffer=nl.sbuf),
         identity=nl.ndarray(square, dtype=nl.bfloat16, buffer=nl.sbuf),
         operand_identity=nl.ndarray(square, dtype=z.dtype, buffer=nl.sbuf),
-        partial_identity=nl.ndarray(square, dtype=z.partial_dtype, buffer=nl.sbuf),
         ones=nl.ndarray(square, dtype=z.dtype, buffer=nl.sbuf),
         token=nl.ndarray((PMAX, 1, z.q_len * tokens), dtype=nl.float32, buffer=nl.sbuf),
         seq_index=nl.ndarray((PMAX, z.seqs), dtype=nl.float32, buffer=nl.sbuf),
@@ -244,9 +241,10 @@ def allocate(z: DecodeSizes, table_width: int) -> DecodeTiles:
         violation=_ring(2, (PMAX, z.seqs * z.q_len, tokens), nl.float32, nl.sbuf),
         row_max=_ring(2, (PMAX, widest), nl.bfloat16, nl.sbuf),
         fold_max=_ring(2, (widest, 1), nl.bfloat16, nl.sbuf),
+        inverse_sum=_ring(2, (PMAX, widest), nl.float32, nl.sbuf),
         pair_max=_ring(parity, (PMAX, columns, pairs), nl.bfloat16, nl.sbuf),
         pair_sum=_ring(parity, (PMAX, columns, pairs), nl.float32, nl.sbuf),
-        partial=_ring(parity * z.chunks, (z.chunk_dim, columns, pairs), z.partial_dtype, nl.sbuf),
+        partial=_ring(parity * z.chunks, (z.chunk_dim, columns, pairs), z.dtype, nl.sbuf),
         key_psum=_ring(2, (z.key_rows, z.transposes, PMAX), key_psum_dtype, nl.psum),
         score_psum=_ring(2, (PMAX, PSUM_FP32), nl.float32, nl.psum),
         out_psum=_ring(z.chunks, (z.chunk_dim, widest), nl.float32, nl.psum),
