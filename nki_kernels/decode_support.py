@@ -15,6 +15,7 @@ HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 BLOCK_SIZES = (16, 32, 64, 128)
 MAX_Q_LEN = 8
 MAX_COLUMNS = 64  # query tokens x query heads per KV head x sequences that share a matmul: TensorE's 64-cycle floor
+MAX_COLUMNS_HEAD_64 = 32  # for head_dim up to 64: slabs hold twice the tokens, and SBUF as many more scores
 SBUF_RESERVE = 24 * 1024  # bytes per partition left to the compiler: DMA scratch pins 2-64 KiB
 
 
@@ -49,7 +50,13 @@ class DecodeProblem:
 
     @property
     def slab_tokens(self) -> int:
-        return slab_tokens_of(self.block_size, self.head_dim, ITEMSIZE[self.query_dtype])
+        version = generation(self.target).version
+        return slab_tokens_of(self.block_size, self.head_dim, ITEMSIZE[self.query_dtype], version)
+
+    @property
+    def max_columns(self) -> int:
+        """Most score columns of a unit."""
+        return MAX_COLUMNS if self.head_dim > 64 else MAX_COLUMNS_HEAD_64
 
     @property
     def columns_per_seq(self) -> int:
@@ -84,8 +91,9 @@ class DecodeProblem:
         need(not self.has_alibi, "alibi_slopes", "slopes",
              "none: the kernel's unmasked folds add no positions; use the padding fallback")
         if not found:
-            need(self.columns_per_seq <= MAX_COLUMNS, "q_len", f"{self.q_len} x {self.group_size} heads per KV head",
-                 f"at most {MAX_COLUMNS} score columns: q_len <= {MAX_COLUMNS // self.group_size}")
+            need(self.columns_per_seq <= self.max_columns, "q_len",
+                 f"{self.q_len} x {self.group_size} heads per KV head",
+                 f"at most {self.max_columns} score columns: q_len <= {self.max_columns // self.group_size}")
         return found
 
     def check(self, shape: PlanShape | None = None) -> None:
@@ -96,10 +104,10 @@ class DecodeProblem:
         if shape is None:
             return
         columns = shape.seqs_per_mixed_fold * self.columns_per_seq
-        if columns > MAX_COLUMNS:
+        if columns > self.max_columns:
             raise ValueError(
                 f"paged_attention_decode: seqs_per_mixed_fold: got {shape.seqs_per_mixed_fold}, need at most "
-                f"{MAX_COLUMNS // self.columns_per_seq}: {self.columns_per_seq} score columns per sequence."
+                f"{self.max_columns // self.columns_per_seq}: {self.columns_per_seq} score columns per sequence."
             )
         if self.num_cores != shape.num_cores:
             raise ValueError(f"paged_attention_decode: num_cores: {self.num_cores}, the shape has {shape.num_cores}.")

@@ -85,7 +85,7 @@ def decode_sizes(
     heads = all_heads if shards > 1 else all_heads // cores
     group = num_heads // all_heads
     size = itemsize(query.dtype)
-    slab_tokens = slab_tokens_of(block_size, head_dim, size)
+    slab_tokens = slab_tokens_of(block_size, head_dim, size, version)
     pack = 2 if head_dim == 64 and slab_tokens % 2 == 0 else 1
     chunks = 2 if head_dim > PMAX else 1
     transposes = PSUM_BANK_BYTES // (PMAX * (4 if version == 2 else size))

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from . import simulator
-from .decode_support import ITEMSIZE, MAX_COLUMNS, DecodeProblem
+from .decode_support import ITEMSIZE, DecodeProblem
 from .hardware import generation
 from .paged_attention_decode import paged_attention_decode
 from .plan import plan_decode, smallest_shape
@@ -70,11 +70,12 @@ def decode_estimate(
     sliding_window: int = 0,
     shape: PlanShape | None = None,
     num_cores: int = 1,
-    max_columns: int = MAX_COLUMNS,
+    max_columns: int | None = None,
 ) -> DecodeEstimate:
     """Modelled cost of attention for one batch; heads are those of one rank.
 
-    shape: the bucket; None takes the smallest that holds the batch, with at most `max_columns` score columns. Runs the
+    shape: the bucket; None takes the smallest that holds the batch, with at most `max_columns`
+    score columns (None: the kernel's limit). Runs the
     kernel in the simulator on zeros: seconds for tens of MB. Raises ValueError for what the kernel does not take.
     """
     lens = np.asarray(context_lens, np.int32)
@@ -89,7 +90,7 @@ def decode_estimate(
             lens,
             layout,
             columns_per_seq=problem.columns_per_seq,
-            max_columns=max_columns,
+            max_columns=max_columns or problem.max_columns,
             q_len=q_len,
             sliding_window=sliding_window,
             num_cores=num_cores,

@@ -12,6 +12,7 @@ from .hardware import NUM_PARTITIONS
 SLABS_PER_FOLD = NUM_PARTITIONS
 RING_DEPTH = 6  # slab tiles in flight in the kernel
 MAX_SLAB_BYTES = 16 * 1024  # per partition and tile: large enough for the DMA rate, small enough for RING_DEPTH tiles
+MAX_SLAB_BYTES_V2 = 8 * 1024  # NeuronCore-v2: less SBUF, and cheaper descriptors
 MAX_INDEX = 1 << 24  # row ids pass through fp32 on some paths: exact below this
 
 
@@ -120,10 +121,10 @@ def _ladder(count: int) -> int:
     return -(-count // step) * step
 
 
-def slab_tokens_of(block_size: int, head_dim: int, itemsize: int) -> int:
-    """Tokens per slab for a cache computed in elements of `itemsize` bytes: block_size, halved until a slab fits."""
-    tokens = block_size
-    while 2 * tokens * head_dim * itemsize > MAX_SLAB_BYTES and tokens % 2 == 0:
+def slab_tokens_of(block_size: int, head_dim: int, itemsize: int, version: int) -> int:
+    """Tokens per slab on NeuronCore-v`version`, elements of `itemsize` bytes: block_size, halved until a slab fits."""
+    tokens, limit = block_size, MAX_SLAB_BYTES_V2 if version == 2 else MAX_SLAB_BYTES
+    while 2 * tokens * head_dim * itemsize > limit and tokens % 2 == 0:
         tokens //= 2
     return tokens
 
