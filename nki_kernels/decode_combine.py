@@ -6,6 +6,7 @@ matmul over pairs; the same rounded weights enter numerator and denominator. Leg
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from nki_kernels.decode_setup import load_broadcast
 from nki_kernels.decode_tiles import PMAX, PSUM_FP32, DecodeSizes, DecodeTiles
@@ -17,10 +18,10 @@ TINY = 1e-30
 
 
 @dataclass
-class CombineTiles(nl.NKIObject):
+class CombineTiles(nl.NKIObject):  # type: ignore[name-defined]
     """SBUF of the combine, allocated once; lists are per 128 batch rows or per 128 pairs."""
 
-    masked: object  # [128, C1, J+1] bf16, the last column FLOOR
+    masked: Any  # [128, C1, J+1] bf16, the last column FLOOR
     factors: list  # per 128 rows [n, C1, J] fp32, exp(m - M)
     weights: list  # per 128 rows [n, C1, J] in dtype, factors times sums
     weights_t: list  # per 128 rows, per 128 pairs [J', C1, n]
@@ -29,9 +30,9 @@ class CombineTiles(nl.NKIObject):
     total: list  # per 128 rows [n, H, C1] fp32, denominator
     inverse: list  # per 128 rows [n, H·C1] fp32
     result: list  # per 128 rows [n, H, C1, D], fp32 numerators if cores share the folds
-    sinks: object  # [128, H·G] fp32
-    sink_terms: object  # [128, H, C1] fp32
-    value_scale: object  # [128, H] fp32
+    sinks: Any  # [128, H·G] fp32
+    sink_terms: Any  # [128, H, C1] fp32
+    value_scale: Any  # [128, H] fp32
     peer: list  # per 128 rows, if cores share the folds: the other's [n, H, C1, D], best, total; the common best
     halves: list  # per 128 rows, if cores share the folds: [n, H·C1, D/2]
 

@@ -7,6 +7,7 @@ sequences of a mixed fold, J (fold, sequence) pairs of this core, C1 = M·G scor
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from nki_kernels.plan_shape import RING_DEPTH, fold_order, slab_tokens_of
 from nki_kernels.toolchain import nisa, nl
@@ -18,7 +19,7 @@ MAX_COLUMNS = 64  # C: above, the moving operand leaves TensorE's 64-cycle floor
 
 
 @dataclass
-class DecodeSizes(nl.NKIObject):
+class DecodeSizes(nl.NKIObject):  # type: ignore[name-defined]
     """What one program of the kernel computes; all ints except `dtype`."""
 
     version: int
@@ -125,7 +126,7 @@ def decode_sizes(
 
 
 @dataclass
-class Unit(nl.NKIObject):
+class Unit(nl.NKIObject):  # type: ignore[name-defined]
     """One fold of one KV head: the unit of the software pipeline."""
 
     head: int  # local
@@ -157,28 +158,28 @@ def decode_units(z: DecodeSizes) -> list:
 
 
 @dataclass
-class DecodeTiles(nl.NKIObject):
+class DecodeTiles(nl.NKIObject):  # type: ignore[name-defined]
     """All on-chip memory. Rings are lists of separate tensors: dependencies are tracked per tensor."""
 
-    table: object  # [128, W] int32, the plan
-    pairs: object  # [128, J] fp32 batch row of each pair
-    mixed: object  # [128, 2·F2] fp32: slab_len | slab_seq
-    scale: object  # [128, H] fp32, score scale of each head
-    cap: object  # [128, H] fp32, scale of exp after a soft cap
-    identity: object  # [128, 128] bf16
-    operand_identity: object  # [128, 128] in dtype
-    ones: object  # [128, 128] in dtype
-    token: object  # [128, 1, M·T] fp32: position of (query token, slot), see mask
-    seq_index: object  # [128, S] fp32
-    row: object  # [128, ceil(N/128)] fp32 batch row of each partition
-    query_t: object  # [key_rows, variants, J, H·C1]
+    table: Any  # [128, W] int32, the plan
+    pairs: Any  # [128, J] fp32 batch row of each pair
+    mixed: Any  # [128, 2·F2] fp32: slab_len | slab_seq
+    scale: Any  # [128, H] fp32, score scale of each head
+    cap: Any  # [128, H] fp32, scale of exp after a soft cap
+    identity: Any  # [128, 128] bf16
+    operand_identity: Any  # [128, 128] in dtype
+    ones: Any  # [128, 128] in dtype
+    token: Any  # [128, 1, M·T] fp32: position of (query token, slot), see mask
+    seq_index: Any  # [128, S] fp32
+    row: Any  # [128, ceil(N/128)] fp32 batch row of each partition
+    query_t: Any  # [key_rows, variants, J, H·C1]
     onehot: list  # per 128 batch rows [n, J]
     penalty: list  # per 128 batch rows [n, J] bf16
     slabs: list  # ring of RING_DEPTH [128, 2·T·D]; empty if every unit is split
     key_slabs: list  # [128, T·D]: a ring if every unit is split, else one for the last unit
     value_slabs: list
-    split_index: object  # [128, 1] int32 row of the last unit's keys in the cache of half slabs
-    zero: object  # [128, 1] in dtype
+    split_index: Any  # [128, 1] int32 row of the last unit's keys in the cache of half slabs
+    zero: Any  # [128, 1] in dtype
     keys: list  # 2 x num_groups of [key_rows, transposes, 128]
     scores: list  # 2 of [128, C·T] fp32
     probs: list  # 2 of [128, C·T]
@@ -193,8 +194,8 @@ class DecodeTiles(nl.NKIObject):
     key_psum: list  # 2 banks
     score_psum: list  # 2 banks
     out_psum: list  # one bank per chunk
-    sum_psum: object
-    stat_psum: object
+    sum_psum: Any
+    stat_psum: Any
 
 
 def _ring(count: int, shape: tuple, dtype: str, buffer) -> list:

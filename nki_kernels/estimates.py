@@ -53,7 +53,7 @@ class DecodeEstimate:
 
     def time_us_with(self, **figures: float) -> float:
         """Time with figures of `hardware.py` replaced, e.g. `swdge_descriptor=13.0`."""
-        return self.report.timeline_with(**figures).total_ns / 1e3
+        return self.report.timeline_with(False, **figures).total_ns / 1e3
 
 
 def decode_estimate(
