@@ -74,10 +74,10 @@ def transpose_keys(z: DecodeSizes, t: DecodeTiles, u: Unit, g: int, on_scalar: b
         nisa.tensor_copy(dst=tile[:, 0:count, :], src=bank[:, 0:count, :], engine=nisa.engine.vector)
 
 
-def scalar_drains(z: DecodeSizes, units: list, i: int) -> int:
+def scalar_drains(z: DecodeSizes, units: list, i: int, softmax: int) -> int:
     """How many banks of unit i ScalarE drains; VectorE takes the rest.
 
-    Balances what both do in this step of the pipeline: the softmax of unit i-1, the eviction of unit i. Costs in
+    Balances what both do in this step: the softmax of unit `softmax`, if it is not negative, the eviction of unit i. In
     elements per partition: VectorE moves keys twice as fast as scores from NeuronCore-v3 on, ScalarE 5/4 of VectorE's
     rate on scores. On NeuronCore-v2 the two take turns at PSUM, and ScalarE is the faster.
     """
@@ -89,9 +89,9 @@ def scalar_drains(z: DecodeSizes, units: list, i: int) -> int:
         vector += units[i].columns * z.slab_tokens
     else:
         scalar += units[i].columns * z.slab_tokens * 4 // 5
-    if i > 0:
-        vector += 2 * units[i - 1].columns * z.slab_tokens
-        scalar += units[i - 1].columns * z.slab_tokens * 4 // 5
+    if softmax >= 0:
+        vector += 2 * units[softmax].columns * z.slab_tokens
+        scalar += units[softmax].columns * z.slab_tokens * 4 // 5
     best, count = vector + z.num_groups * bank // 2, 0
     for k in range(1, z.num_groups + 1):
         step = max(vector + (z.num_groups - k) * bank // 2, scalar + k * bank * 4 // 5)

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paged attention of the newest tokens of each sequence over a fold plan: the kernel and its software pipeline.
+"""Paged attention of the newest tokens of each sequence over a fold plan: the kernel.
 
-Owns the order in which stages are issued. Stages: `decode_stages`, `decode_combine`; sizes: `decode_tiles`; the plan:
-`plan`; meaning: `paged_attention_decode_ref`.
+Stages: `decode_setup`, `decode_stages`, `decode_combine`, `decode_merge`; their order: `decode_pipeline`; sizes:
+`decode_tiles`; the plan: `plan`; limits: `decode_support`; meaning: `paged_attention_decode_ref`.
 """
 
 from nki_kernels import decode_combine as combine
 from nki_kernels import decode_merge as merge
+from nki_kernels import decode_pipeline as pipeline
 from nki_kernels import decode_setup as setup
 from nki_kernels import decode_stages as stages
 from nki_kernels.decode_tiles import allocate, decode_sizes, decode_units
@@ -74,15 +75,17 @@ def paged_attention_decode(
     setup.setup_query(z, t, query)
     combine.setup_combine(z, w, sinks, v_scale)
     _first_gathers(z, t, kv_cache, units, early, min(RING_DEPTH, len(units)))
-    for i in range(len(units) + 2):
-        _iteration(z, t, w, units, i, sinks, v_scale)
-        if i < 2:
-            continue
-        done, ahead = units[i - 2], i - 2 + RING_DEPTH
-        if ahead < len(units):
+    depth = pipeline.depth(z)
+    for i in range(len(units) + depth):
+        if depth == 2:
+            pipeline.deep_step(z, t, w, units, i, sinks, v_scale)
+        else:
+            pipeline.shallow_step(z, t, w, units, i, sinks, v_scale)
+        done, ahead = i - depth, i - depth + RING_DEPTH
+        if done >= 0 and ahead < len(units):
             _gather(z, t, kv_cache, units, ahead)
-        if i - 1 == len(units) or units[i - 1].head != done.head:
-            combine.combine_head(z, t, w, done.head)
+        if done >= 0 and pipeline.ends_head(units, done):
+            combine.combine_head(z, t, w, units[done].head)
     if z.shards > 1:
         merge.merge_cores(z, t, w, out, sinks, v_scale)
     else:
@@ -103,39 +106,3 @@ def _gather(z, t, kv_cache, units, i: int) -> None:
     if units[i].split and z.parts == 1:
         stages.clear_slabs(z, t, units[i])
     stages.gather(z, t, kv_cache, units[i])
-
-
-def _iteration(z, t, w, units, i: int, sinks, v_scale) -> None:
-    """One step of the software pipeline: transposes and scores of unit i, softmax of i-1, values of i-2.
-
-    The engines run in order: what waits for another engine is issued a group of slots later.
-    """
-    groups = z.num_groups
-    has_new, has_last, has_old = i < len(units), 1 <= i <= len(units), i >= 2
-    drains = stages.scalar_drains(z, units, i) if has_new else 0
-    for g in range(groups):
-        if has_new:
-            if g == 0 and units[i].mixed:
-                stages.mask_bounds(z, t, units[i])
-            on_scalar = (g + 1) * drains // groups > g * drains // groups  # spread evenly
-            stages.transpose_keys(z, t, units[i], g, on_scalar)
-        if has_last and g == 0:
-            stages.score_slots(z, t, units[i - 1], groups - 1)
-            stages.row_maximum(z, t, units[i - 1])
-        if has_new and g > 0:
-            stages.score_slots(z, t, units[i], g - 1)
-        if has_last and g == min(1, groups - 1):
-            stages.fold_maximum(t, units[i - 1])
-        if has_old and g == 0:
-            stages.probability_sums(z, t, units[i - 2])
-            if i - 1 == len(units) or units[i - 1].head != units[i - 2].head:
-                combine.total_head(z, t, w, units[i - 2].head, sinks, v_scale)
-        if has_old:
-            first = g * z.group_slots
-            stages.values(z, t, units[i - 2], first, min(first + z.group_slots, z.slab_tokens))
-        if has_last and g == min(2, groups - 1):
-            stages.exponentials(z, t, units[i - 1])
-    if has_old:
-        stages.store_partials(z, t, units[i - 2])
-    if has_last and (i == len(units) or units[i].head != units[i - 1].head):
-        combine.weigh_head(z, t, w, units[i - 1].head)

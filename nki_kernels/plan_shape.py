@@ -137,7 +137,7 @@ def fold_order(full_folds: int, mixed_folds: int) -> list[int]:
     """
     lead = RING_DEPTH
     if full_folds <= RING_DEPTH:
-        lead = 1 if full_folds > 1 else 0
+        lead = 0
     order = []
     for fold in range(lead):
         order.append(fold)
