@@ -107,17 +107,12 @@ def transpose_partials(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, head: in
                         moving=t.operand_identity[0 : z.chunk_dim, 0 : z.chunk_dim],
                         accumulate=False,
                     )
-                _drain(
-                    w.partial_t[jc][:, nl.ds(x0, count), nl.ds(c * z.chunk_dim, z.chunk_dim)], bank, number % 2 == 1
+                nisa.activation(
+                    dst=w.partial_t[jc][:, nl.ds(x0, count), nl.ds(c * z.chunk_dim, z.chunk_dim)],
+                    op=nl.copy,
+                    data=bank,
                 )
                 number += 1
-
-
-def _drain(dst, src, on_scalar: bool) -> None:
-    if on_scalar:
-        nisa.activation(dst=dst, op=nl.copy, data=src)
-    else:
-        nisa.tensor_copy(dst=dst, src=src, engine=nisa.engine.vector)
 
 
 def pair_weights(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, head: int, i: int) -> None:
@@ -161,7 +156,7 @@ def transpose_weights(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, i: int, b
                     moving=t.operand_identity[0:n, 0:n],
                     accumulate=False,
                 )
-            _drain(target[:, nl.ds(x0, count), :], bank, False)
+            nisa.tensor_copy(dst=target[:, nl.ds(x0, count), :], src=bank, engine=nisa.engine.vector)
             number += 1
 
 
@@ -233,26 +228,21 @@ def weigh_head(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, head: int) -> No
         pair_weights(z, t, w, head, i)
 
 
-def total_head(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, head: int, sinks, v_scale) -> None:
-    """The part that needs the sums too: denominators."""
-    for i in range(len(w.result)):
-        pair_totals(z, t, w, head, i)
-        if z.shards == 1:
-            invert_totals(z, t, w, i, head, 1, sinks, v_scale)
+def combine_head(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, head: int, sinks, v_scale) -> None:
+    """The rest of the combine of a head whose units are done, in banks that no unit uses between iterations.
 
-
-def combine_head(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, head: int) -> None:
-    """The rest of the combine of a head whose units are done, in banks that no unit uses between iterations."""
+    ScalarE drains the transposed partial outputs while VectorE makes weights and denominators.
+    """
     banks = [t.stat_psum, t.sum_psum]
     if head == z.heads - 1:
         banks = [t.stat_psum, t.score_psum[0], t.score_psum[1]]
-    for i in range(len(w.result)):
-        transpose_weights(z, t, w, i, [banks[0]])
     transpose_partials(z, t, w, head, banks)
     for i in range(len(w.result)):
+        pair_totals(z, t, w, head, i)
+        transpose_weights(z, t, w, i, [t.sum_psum])
         inverse = None
         if z.shards == 1:
-            inverse = w.inverse[i][:, nl.ds(head * z.columns, z.columns)]
+            inverse = invert_totals(z, t, w, i, head, 1, sinks, v_scale)
         weigh_partials(z, w, head, i, banks, inverse)
 
 

@@ -2,7 +2,7 @@
 """Order in which the paged decode kernel issues its stages: the software pipeline, written out.
 
 The engines run in order, so what is issued between two dependent instructions decides who waits. Two orders: *shallow*
-finishes a unit's softmax before it looks at the next unit's data and is short at the end of the call; *deep* keeps three
+ends a unit's softmax before it looks at the next unit's data and is short at the end of the call; *deep* keeps three
 units in flight and is for units whose compute takes as long as their data. Legend: see `decode_tiles`.
 """
 
@@ -39,7 +39,7 @@ def _part_of_values(z, t, u, part: int, parts: int) -> None:
     stages.values(z, t, u, first, end)
 
 
-def shallow_step(z, t, w, units, i: int, sinks, v_scale) -> None:
+def shallow_step(z, t, w, units, i: int) -> None:
     """Transposes, scores and softmax of unit i; the values of unit i-1 fill TensorE's waits for the softmax."""
     has_new, has_old = i < len(units), i >= 1
     if has_new:
@@ -52,8 +52,6 @@ def shallow_step(z, t, w, units, i: int, sinks, v_scale) -> None:
                 stages.score_slots(z, t, units[i], g - 1)
     if has_old:
         stages.probability_sums(z, t, units[i - 1])
-        if ends_head(units, i - 1):
-            combine.total_head(z, t, w, units[i - 1].head, sinks, v_scale)
         _part_of_values(z, t, units[i - 1], 0, 4)
     if has_new:
         stages.score_slots(z, t, units[i], z.num_groups - 1)
@@ -73,7 +71,7 @@ def shallow_step(z, t, w, units, i: int, sinks, v_scale) -> None:
         combine.weigh_head(z, t, w, units[i].head)
 
 
-def deep_step(z, t, w, units, i: int, sinks, v_scale) -> None:
+def deep_step(z, t, w, units, i: int) -> None:
     """Transposes and scores of unit i, softmax of i-1, values of i-2: no engine waits for a chain of others.
 
     What waits for another engine is issued a group of slots later.
@@ -95,8 +93,6 @@ def deep_step(z, t, w, units, i: int, sinks, v_scale) -> None:
             stages.fold_maximum(t, units[i - 1])
         if has_old and g == 0:
             stages.probability_sums(z, t, units[i - 2])
-            if ends_head(units, i - 2):
-                combine.total_head(z, t, w, units[i - 2].head, sinks, v_scale)
         if has_old:
             _part_of_values(z, t, units[i - 2], g, groups)
         if has_last and g == min(2, groups - 1):

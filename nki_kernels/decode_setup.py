@@ -20,7 +20,6 @@ def setup_constants(z: DecodeSizes, t: DecodeTiles) -> None:
     nisa.tensor_scalar(dst=t.identity, data=ramp, op0=nl.equal, operand0=0.0)
     nisa.tensor_scalar(dst=t.operand_identity, data=ramp, op0=nl.equal, operand0=0.0)
     nisa.memset(dst=t.ones, value=1.0)
-    nisa.memset(dst=t.zero, value=0.0)
     nisa.iota(dst=t.row, pattern=[[PMAX, len(t.onehot)]], offset=0, channel_multiplier=1)
     if z.mixed_folds > 0:
         # token m, slot s: s + (M-1-m), the number of tokens from the slab's start that the query token must see past

@@ -12,7 +12,7 @@ from nki_kernels import decode_setup as setup
 from nki_kernels import decode_stages as stages
 from nki_kernels.decode_tiles import allocate, decode_sizes, decode_units
 from nki_kernels.plan_shape import RING_DEPTH
-from nki_kernels.toolchain import nki, nl
+from nki_kernels.toolchain import nisa, nki, nl
 
 
 @nki.jit
@@ -67,6 +67,8 @@ def paged_attention_decode(
     w = combine.allocate_combine(z)
     units = decode_units(z)
     setup.load_plan(t, plan)
+    nisa.memset(dst=t.zero, value=0.0)
+    _clear(z, t, units[0])  # VectorE and ScalarE have nothing else to do until the plan arrives
     setup.setup_constants(z, t)  # before the gathers: GpSimd makes the iotas and the gathers' descriptors
     early = min(2, len(units))
     _first_gathers(z, t, kv_cache, units, 0, early)
@@ -78,14 +80,16 @@ def paged_attention_decode(
     depth = pipeline.depth(z)
     for i in range(len(units) + depth):
         if depth == 2:
-            pipeline.deep_step(z, t, w, units, i, sinks, v_scale)
+            pipeline.deep_step(z, t, w, units, i)
         else:
-            pipeline.shallow_step(z, t, w, units, i, sinks, v_scale)
+            pipeline.shallow_step(z, t, w, units, i)
         done, ahead = i - depth, i - depth + RING_DEPTH
         if done >= 0 and ahead < len(units):
-            _gather(z, t, kv_cache, units, ahead)
+            if units[ahead].split and z.parts == 1:
+                _clear(z, t, units[ahead])
+            stages.gather(z, t, kv_cache, units[ahead])
         if done >= 0 and pipeline.ends_head(units, done):
-            combine.combine_head(z, t, w, units[done].head)
+            combine.combine_head(z, t, w, units[done].head, sinks, v_scale)
     if z.shards > 1:
         merge.merge_cores(z, t, w, out, sinks, v_scale)
     else:
@@ -96,13 +100,12 @@ def paged_attention_decode(
 def _first_gathers(z, t, kv_cache, units, first: int, end: int) -> None:
     """Fills part of the ring. Mixed folds may skip rows, so their tiles are cleared; full ones the plan fills."""
     for i in range(first, end):
-        if units[i].mixed and not (units[i].split and z.parts == 1):
-            stages.clear_slabs(z, t, units[i])
-        _gather(z, t, kv_cache, units, i)
+        if i > 0:
+            _clear(z, t, units[i])
+        stages.gather(z, t, kv_cache, units[i])
 
 
-def _gather(z, t, kv_cache, units, i: int) -> None:
-    """The gather of unit i; the last one has tiles of its own, cleared here."""
-    if units[i].split and z.parts == 1:
-        stages.clear_slabs(z, t, units[i])
-    stages.gather(z, t, kv_cache, units[i])
+def _clear(z, t, u) -> None:
+    """Clears the tile of a unit that is its first user, if the unit may skip rows or has the tile to itself."""
+    if u.mixed or (u.split and z.parts == 1):
+        stages.clear_slabs(z, t, u)
