@@ -277,47 +277,70 @@ def _fill(
     window: int,
 ) -> DecodePlan:
     """Writes the arrays; `order` and `bounds` as `_cut` returns them."""
-    spans, limit, tokens = demand.spans, shape.seqs_per_mixed_fold, layout.slab_tokens
-    out = np.empty(shape.table_shape(layout.num_kv_heads), np.int32)
-    plan = DecodePlan(shape, layout, out, q_len, window)
+    spans, limit, heads = demand.spans, shape.seqs_per_mixed_fold, layout.num_kv_heads
+    mixed, num_rows = shape.mixed_folds, heads * shape.num_folds
+    table = np.empty(shape.table_shape(heads), np.int32)
     base = np.full((shape.num_folds, SLABS_PER_FOLD), layout.dead_row, np.int32)  # rows of head 0
+    masks = np.zeros((2 * mixed, SLABS_PER_FOLD), np.int32)  # slab_len | slab_seq
+    masks[mixed:] = -1
     pairs = np.full(shape.num_pairs, -1, np.int32)
-    slabs_per_row = block_table.shape[1] * layout.parts
-
     owner = np.repeat(np.arange(len(demand.full)), demand.full)  # full folds
-    within = np.arange(len(owner)) - np.repeat(np.cumsum(demand.full) - demand.full, demand.full)
-    first = owner * slabs_per_row + spans.full_first[owner] + SLABS_PER_FOLD * within
-    base[: len(owner)] = _rows(block_table, first[:, None] + np.arange(SLABS_PER_FOLD), layout)
-    pairs[: len(owner)] = owner
+    if len(owner):
+        within = np.arange(len(owner)) - np.repeat(np.cumsum(demand.full) - demand.full, demand.full)
+        first = owner * slabs_per_row(block_table, layout) + spans.full_first[owner] + SLABS_PER_FOLD * within
+        base[: len(owner)] = _rows(block_table, first[:, None] + np.arange(SLABS_PER_FOLD), layout)
+        pairs[: len(owner)] = owner
+    if len(order):
+        _fill_mixed(block_table, demand, order, bounds, layout, base[shape.full_folds :], masks,
+                    pairs[shape.full_folds :].reshape(-1, limit))
+    table[:, num_rows : num_rows + 2 * mixed] = masks.T
+    table[:, num_rows + 2 * mixed :] = pairs
+    rows = table[:, :num_rows].reshape(SLABS_PER_FOLD, heads, shape.num_folds)
+    offsets = np.arange(heads, dtype=np.int32) * np.int32(layout.row_step)
+    np.add(np.ascontiguousarray(base.T)[:, None, :], offsets[:, None], out=rows)
+    _fill_first_touches(rows, base, layout, shape)
+    return DecodePlan(shape, layout, table, q_len, window)
 
-    # Mixed folds. Items are leftover slabs in packing order: per sequence those before and those after its full folds.
+
+def _fill_mixed(
+    block_table: np.ndarray,
+    demand: _Demand,
+    order: np.ndarray,
+    bounds: np.ndarray,
+    layout: SlabLayout,
+    base: np.ndarray,
+    masks: np.ndarray,
+    pairs: np.ndarray,
+) -> None:
+    """Mixed folds into base [F2, 128], masks [2·F2, 128] and pairs [F2, S].
+
+    Items are leftover slabs in packing order: for each sequence those before, then those after its full folds.
+    """
+    spans, tokens, limit = demand.spans, layout.slab_tokens, pairs.shape[1]
     before = (spans.full_first - spans.first)[order] * (demand.full[order] > 0)
     runs = np.stack([before, demand.leftover[order] - before], axis=1).reshape(-1)
     skipped = np.stack([np.zeros_like(before), before + demand.full[order] * SLABS_PER_FOLD], axis=1).reshape(-1)
-    seq, rank = np.repeat(order, 2), np.repeat(np.arange(len(order)), 2)
+    seq, rank = np.repeat(order, 2), np.repeat(np.arange(len(order), dtype=np.int32), 2)
     start = spans.first[seq] + skipped - (np.cumsum(runs) - runs)  # slab number minus item number
     sizes, folds = np.diff(bounds), np.arange(len(bounds) - 1)
     item = np.arange(int(bounds[-1]))
-    place = np.repeat((shape.full_folds + folds) * SLABS_PER_FOLD - bounds[:-1], sizes) + item
+    place = np.repeat(folds * SLABS_PER_FOLD - bounds[:-1], sizes) + item
     local = np.repeat(rank, runs)
     opening = local[bounds[:-1]]  # rank of the first sequence of each fold
-    seq_of_item = np.repeat(seq, runs)
-    local -= np.repeat(opening, sizes)
-    base.reshape(-1)[place] = _rows(block_table, np.repeat(start + seq * slabs_per_row, runs) + item, layout)
-    place -= shape.full_folds * SLABS_PER_FOLD
-    masks = np.empty((2, shape.mixed_folds, SLABS_PER_FOLD), np.int32)
-    masks[0], masks[1] = 0, -1
-    masks[0].reshape(-1)[place] = np.repeat(demand.lens[seq] - start * tokens, runs) - item * tokens
-    masks[1].reshape(-1)[place] = local
-    pairs[shape.full_folds + np.repeat(folds, sizes) * limit + local] = seq_of_item
-    plan.slab_len[...], plan.slab_seq[...] = masks[0].T, masks[1].T
-    plan.pair_seq[...] = pairs
+    pair = local + np.repeat((folds * limit - opening).astype(np.int32), sizes)
+    firsts = np.append(0, np.flatnonzero(pair[1:] != pair[:-1]) + 1)  # first item of each pair
+    pairs.reshape(-1)[pair[firsts]] = order[local[firsts]]
+    slab = np.repeat(start + seq * slabs_per_row(block_table, layout), runs) + item
+    base.reshape(-1)[place] = _rows(block_table, slab, layout)
+    ends = (demand.lens[seq] - start * tokens).astype(np.int32)
+    count = len(masks) // 2
+    masks[:count].reshape(-1)[place] = np.repeat(ends, runs) - item.astype(np.int32) * np.int32(tokens)
+    masks[count:].reshape(-1)[place] = local - np.repeat(opening, sizes)
 
-    heads = np.arange(layout.num_kv_heads, dtype=np.int32) * np.int32(layout.row_step)
-    rows = plan.rows.reshape(SLABS_PER_FOLD, layout.num_kv_heads, shape.num_folds)
-    np.add(np.ascontiguousarray(base.T)[:, None, :], heads[:, None], out=rows)
-    _fill_first_touches(rows, base, layout, shape)
-    return plan
+
+def slabs_per_row(block_table: np.ndarray, layout: SlabLayout) -> int:
+    """Slabs that one row of the block table can name."""
+    return block_table.shape[1] * layout.parts
 
 
 def _rows(block_table: np.ndarray, slab: np.ndarray, layout: SlabLayout) -> np.ndarray:
