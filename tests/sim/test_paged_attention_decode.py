@@ -308,9 +308,16 @@ RAGGED_TOKENS = (128, 128, 256, 512, 1024, 2048, 4096, 8192)
 def test_ragged_batch_moves_its_live_bytes_only(target, block_size):
     estimate = decode_estimate(target, RAGGED_TOKENS, 8, 1, 128, block_size)
     assert estimate.dma_overhead < 1.05
-    assert estimate.report.psum_high_water_banks <= 8
-    padded = decode_estimate(target, RAGGED_TOKENS, 8, 1, 128, block_size, shape=estimate.shape.padded())
-    assert padded.time_us <= 1.25 * estimate.time_us
+    assert estimate.dma_bytes * 3.9 < 8 * 8192 * 2 * 128 * 2  # K and V of a padded bucket
+
+
+@pytest.mark.parametrize("target", ["trn1", "trn2"])
+def test_the_next_bucket_costs_at_most_a_quarter_more(target):
+    """Twice the batch rows and one more fold of each kind than the batch of eight folds needs."""
+    exact = decode_estimate(target, RAGGED_TOKENS, 8, 1, 128, 16)
+    bigger = replace(exact.shape, num_seqs=16, full_folds=exact.shape.full_folds + 1, mixed_folds=2)
+    padded = decode_estimate(target, RAGGED_TOKENS, 8, 1, 128, 16, shape=bigger)
+    assert exact.time_us < padded.time_us <= 1.25 * exact.time_us
 
 
 @pytest.mark.parametrize("target,block_size,steady,call", [("trn1", 16, 0.65, 0.52), ("trn2", 32, 0.88, 0.68),
