@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modelled figures of the kernels: time, bytes, fraction of HBM peak. From the simulator's timeline, never measured.
+
+Pure functions without output; command lines and benchmarks print what they return.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+from . import simulator
+from .decode_support import ITEMSIZE, DecodeProblem
+from .hardware import generation
+from .paged_attention_decode import paged_attention_decode
+from .plan import plan_decode, smallest_shape
+from .plan_shape import PlanShape
+from .simulator.report import Report
+
+_NUMPY = {
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+    "float8_e4m3": ml_dtypes.float8_e4m3,
+    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+}
+
+
+@dataclass(frozen=True)
+class DecodeEstimate:
+    """Modelled cost of one decode attention call. `report` holds the whole timeline."""
+
+    target: str
+    shape: PlanShape
+    time_us: float
+    time_range_us: tuple[float, float]  # every disputed figure at its fastest, at its slowest
+    live_bytes: int  # K and V of all live tokens
+    dma_bytes: int
+    num_instructions: int
+    report: Report
+
+    @property
+    def hbm_fraction(self) -> float:
+        """Live bytes per modelled time over the HBM peak of the cores used."""
+        peak = generation(self.target).hbm_bandwidth.value * self.shape.num_cores  # GB/s = bytes per ns
+        return self.live_bytes / (self.time_us * 1e3) / peak
+
+    @property
+    def dma_overhead(self) -> float:
+        """DMA bytes per live byte."""
+        return self.dma_bytes / self.live_bytes
+
+    def time_us_with(self, **figures: float) -> float:
+        """Time with figures of `hardware.py` replaced, e.g. `swdge_descriptor=13.0`."""
+        return self.report.timeline_with(False, **figures).total_ns / 1e3
+
+
+def decode_estimate(
+    target: str,
+    context_lens: Sequence[int],
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    dtype: str = "bfloat16",
+    *,
+    cache_dtype: str | None = None,
+    q_len: int = 1,
+    sliding_window: int = 0,
+    shape: PlanShape | None = None,
+    num_cores: int = 1,
+    max_columns: int | None = None,
+) -> DecodeEstimate:
+    """Modelled cost of attention for one batch; heads are those of one rank.
+
+    shape: the bucket; None takes the smallest that holds the batch, with at most `max_columns`
+    score columns (None: the kernel's limit). Runs the
+    kernel in the simulator on zeros: seconds for tens of MB. Raises ValueError for what the kernel does not take.
+    """
+    lens = np.asarray(context_lens, np.int32)
+    problem = DecodeProblem(
+        target, num_heads, num_kv_heads, head_dim, block_size, dtype, cache_dtype, q_len, num_cores
+    )
+    problem.check()
+    num_blocks_of = -(-lens // block_size)
+    layout = problem.layout(int(num_blocks_of.sum()) + 1)
+    if shape is None:
+        shape = smallest_shape(
+            lens,
+            layout,
+            columns_per_seq=problem.columns_per_seq,
+            max_columns=max_columns or problem.max_columns,
+            q_len=q_len,
+            sliding_window=sliding_window,
+            num_cores=num_cores,
+        )
+    problem.check(shape)
+    table = np.zeros((len(lens), max(int(num_blocks_of.max()), 1)), np.int32)
+    table[np.arange(table.shape[1]) < num_blocks_of[:, None]] = np.arange(1, layout.num_blocks)
+    plan = plan_decode(table, lens, layout, shape, q_len=q_len, sliding_window=sliding_window)
+    cache_name = cache_dtype or dtype
+    cache = np.zeros((layout.num_blocks, num_kv_heads, 2, block_size, head_dim), _NUMPY[cache_name])
+    query = np.zeros((shape.num_seqs * q_len, num_heads, head_dim), _NUMPY[dtype])
+    report = simulator.run(
+        paged_attention_decode, query, cache, plan.table, shape.full_folds, shape.mixed_folds,
+        shape.seqs_per_mixed_fold, q_len, head_dim**-0.5, sliding_window,
+        target=target, grid=num_cores if num_cores > 1 else None,
+    ).report  # fmt: skip
+    seen = np.minimum(lens, sliding_window + q_len - 1) if sliding_window else lens
+    fast, slow = report.range_ns
+    return DecodeEstimate(
+        target,
+        shape,
+        report.total_ns / 1e3,
+        (fast / 1e3, slow / 1e3),
+        int(seen.sum()) * num_kv_heads * 2 * head_dim * ITEMSIZE[cache_name],
+        report.timeline.dma_bytes,
+        report.num_instructions,
+        report,
+    )
+
+
+def steady_fraction(shorter: DecodeEstimate, longer: DecodeEstimate) -> float:
+    """Fraction of the HBM peak without fixed cost: extra live bytes over extra time of two calls of one kind."""
+    extra_ns = (longer.time_us - shorter.time_us) * 1e3
+    peak = generation(longer.target).hbm_bandwidth.value * longer.shape.num_cores
+    return (longer.live_bytes - shorter.live_bytes) / extra_ns / peak
+
+
+def decode_targets() -> list[tuple[str, float, float | None]]:
+    """The decode rows of "numbers to reach": (case, modelled fraction of the HBM peak, goal if there is one).
+
+    Takes about a minute.
+    """
+    rows: list[tuple[str, float, float | None]] = []
+    for target, block_size, steady, call, wide in (("trn1", 16, 0.65, 0.60, 0.60), ("trn2", 32, 0.88, 0.80, 0.80),
+                                                   ("trn3", 32, 0.74, None, None)):
+        for group, goal in ((8, steady), (32, wide)):
+            short, long = (decode_estimate(target, [n] * 8, group, 1, 128, block_size) for n in (8192, 16384))
+            rows.append((f"{target} steady, S·G = {group}, block {block_size}", steady_fraction(short, long), goal))
+            if group == 8:
+                rows.append((f"{target} whole call, 8 x 8192 tokens", short.hbm_fraction, call))
+    return rows
