@@ -26,7 +26,9 @@ CODES = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16}
 # Fewer elements than this are done before a second thread would have woken up.
 _MIN_PARALLEL_ELEMENTS = 32768
 _CHUNK_ROWS = 8  # rows a thread takes at a time
-_LOG2_E = 1.4426950408889634
+_LOG2_E = 1.4426950216293335  # log2(e) as fp32, and what that leaves
+_LOG2_E_REST = 1.9259629911e-08
+_LN_2 = 0.6931471805599453
 
 # Places in the argument block. Rows form a [num_outer, num_inner] grid with two strides in bytes, so that the heads of
 # a fused projection are read in place; the output is contiguous.
@@ -82,8 +84,14 @@ def _emit_silu_and_mul_row(code: int) -> Any:
             # as 0. With e = exp(-|x|), sigmoid(x) = 1 / (1 + e) or, for x < 0, e / (1 + e).
             floor = v.constant(-88.0, count)
             gate = b.select(b.fcmp_ordered("<", gate, floor), floor, gate)
-            size_of_gate = v.intrinsic_call(b, "llvm.fabs", [gate])
-            e = v.exp2(b, b.fmul(size_of_gate, v.constant(-_LOG2_E, count)))
+            size_of_gate, most = v.intrinsic_call(b, "llvm.fabs", [gate]), v.constant(88.0, count)
+            size_of_gate = b.select(b.fcmp_ordered(">", size_of_gate, most), most, size_of_gate)
+            power = b.fmul(size_of_gate, v.constant(-_LOG2_E, count))
+            e = v.exp2(b, power)
+            # The product's rounding error, and that of its constant, would cost four bits of a large power.
+            rest = v.fma(b, size_of_gate, v.constant(-_LOG2_E, count), b.fneg(power))
+            rest = v.fma(b, size_of_gate, v.constant(-_LOG2_E_REST, count), rest)
+            e = v.fma(b, e, b.fmul(rest, v.constant(_LN_2, count)), e)
             one = v.constant(1.0, count)
             numerator = b.select(b.fcmp_ordered("<", gate, v.constant(0.0, count)), e, one)
             x = b.fdiv(b.fmul(b.fmul(gate, numerator), up), b.fadd(one, e))
