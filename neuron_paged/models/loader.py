@@ -5,6 +5,7 @@ Owns the search for files (folder, GGUF file, the demo package, Hugging Face hub
 """
 
 import importlib.util
+import logging
 import os
 import re
 from dataclasses import dataclass, replace
@@ -100,6 +101,9 @@ def _from_hub(name: str) -> Path:
 
     from huggingface_hub import hf_hub_download, snapshot_download
 
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns of every attempt, and the last one's error is ours
     try:
         config = json.loads(Path(hf_hub_download(name, "config.json")).read_text(encoding="utf-8"))
         find_family(config.get("architectures"), config.get("model_type"))
@@ -110,6 +114,8 @@ def _from_hub(name: str) -> Path:
         raise ModelNotFoundError(
             f"model: {name!r} is no folder here and can't be fetched from the Hugging Face hub: {first_line(error)}"
         ) from error
+    finally:
+        log.setLevel(level)
 
 
 def load_model(
