@@ -47,7 +47,8 @@ for folder in cpu sim xla aws neuron; do
         lane "$venv-xla" ensure_xla_venv "$venv-xla"
         lane "tests/$folder" "$venv-xla/bin/python" -m pytest -q "tests/$folder"
     else
-        lane "tests/$folder" "$python" -m pytest -q "tests/$folder"
+        # Two files at a time: most tests wait for one core, many for a process of their own.
+        lane "tests/$folder" "$python" -m pytest -q -n 2 --dist loadfile "tests/$folder"
     fi
 done
 
