@@ -66,7 +66,7 @@ def run_kernels(peer: list[PeerRun] | None, quick: bool, progress: bool) -> dict
     rows = [row for target in targets for row in _decode_rows(target, progress)]
     rows += _ragged_rows(targets, peer, progress)
     if not quick:
-        rows += [_prefill_row(target, progress) for target in ("trn1", PEER_TARGET)]
+        rows += [_prefill_row(target, progress) for target in targets]
     steps = []
     for case in step_cases(targets if quick else (*targets, "inf2")):
         _tell(progress, f"{case.model.name} on {case.target}, TP {case.tensor_parallel}")

@@ -39,8 +39,8 @@ def library_source(path: str) -> Path:
     source = Path(path) / "src" / "nkilib_src"
     if not (source / "nkilib" / "core" / "attention" / "attention_tkg.py").is_file():
         raise InvalidRequestError(
-            f"--peer nki-library={path}: src/nkilib_src/nkilib/core/attention/attention_tkg.py is not there; need a clone "
-            "of github.com/aws-neuron/nki-library."
+            f"--peer nki-library={path}: has no src/nkilib_src/nkilib/core/attention/attention_tkg.py; need a clone of "
+            "github.com/aws-neuron/nki-library."
         )
     return source
 

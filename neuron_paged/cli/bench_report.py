@@ -149,7 +149,7 @@ def kernels_report(results: dict[str, Any]) -> str:
         sign = "<=" if figure["goal_is"] == "at most" else ">="
         rows.append(
             [figure["case"], figure["target"], "" if goal is None else f"{sign} {goal:.2f}",
-             f"{figure['modelled']:.3f}", "" if spread is None else f"{spread[0]:.3f} .. {spread[1]:.3f}",
+             f"{figure['modelled']:.4f}", "" if spread is None else f"{spread[0]:.3f} .. {spread[1]:.3f}",
              figure["unit"], {True: "met", False: "MISSED", None: ""}[figure["met"]]]
         )  # fmt: skip
     header = ["case (bf16, head_dim 128, 1 NeuronCore, 1 KV head)", "target", "goal", "modelled", "range", "unit", ""]
@@ -190,9 +190,9 @@ def _steps_report(steps: list[dict[str, Any]]) -> list[str]:
     ]  # fmt: skip
     notes = (
         "attention: modelled time of one kernel call x layers. weights: bf16 bytes of the rank's linear layers /\n"
-        "bandwidth. sum: attention + weights at the slower of the two limits, nothing overlapped. Left out: norms, rotary\n"
-        "embedding, cache writes, sampling, collectives between ranks, launch, the host. XLA gather: ms per step that a\n"
-        "third party measured with an engine that gathers the cache in XLA, about 8 of them outside attention; 8 +\n"
-        "attention is that step with this kernel instead: 8 measured by them, attention modelled here."
+        "bandwidth. sum: attention + weights at the slower of the two limits, nothing overlapped. Left out: norms,\n"
+        "rotary embedding, cache writes, sampling, collectives between ranks, launch, the host. XLA gather: ms that a\n"
+        "third party measured with an engine that gathers the cache in XLA, about 8 of them outside attention;\n"
+        "8 + attention is that step with this kernel instead: 8 measured by them, attention modelled here."
     )
     return [table(header, rows), notes]

@@ -295,7 +295,8 @@ def _text(profile: Profile) -> str:
             f"modelled time        {found.total_ns / 1e3:12.2f} us   (published figures disagree: "
             f"{found.fastest_ns / 1e3:.2f} .. {found.slowest_ns / 1e3:.2f} us)",
             f"  {100 * found.fraction_of_tensor_peak:.1f} % of the bf16 peak, {100 * found.fraction_of_dma:.1f} % of "
-            f"the DMA limit, {100 * found.fraction_of_hbm:.1f} % of the HBM peak, {found.num_instructions} instructions",
+            f"the DMA limit, {100 * found.fraction_of_hbm:.1f} % of the HBM peak",
+            f"  {found.num_instructions} instructions",
             "  extrapolated: simulated with fewer query heads per KV head, in which the work is linear. That call:",
         ]
     lines += ["", found.report.table()]
