@@ -126,19 +126,3 @@ def steady_fraction(shorter: DecodeEstimate, longer: DecodeEstimate) -> float:
     extra_ns = (longer.time_us - shorter.time_us) * 1e3
     peak = generation(longer.target).hbm_bandwidth.value * longer.shape.num_cores
     return (longer.live_bytes - shorter.live_bytes) / extra_ns / peak
-
-
-def decode_targets() -> list[tuple[str, float, float | None]]:
-    """The decode rows of "numbers to reach": (case, modelled fraction of the HBM peak, goal if there is one).
-
-    Takes about a minute.
-    """
-    rows: list[tuple[str, float, float | None]] = []
-    for target, block_size, steady, call, wide in (("trn1", 16, 0.65, 0.60, 0.60), ("trn2", 32, 0.88, 0.80, 0.80),
-                                                   ("trn3", 32, 0.74, None, None)):
-        for group, goal in ((8, steady), (32, wide)):
-            short, long = (decode_estimate(target, [n] * 8, group, 1, 128, block_size) for n in (8192, 16384))
-            rows.append((f"{target} steady, S·G = {group}, block {block_size}", steady_fraction(short, long), goal))
-            if group == 8:
-                rows.append((f"{target} whole call, 8 x 8192 tokens", short.hbm_fraction, call))
-    return rows

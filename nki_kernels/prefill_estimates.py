@@ -5,7 +5,7 @@ Runs the kernel in the simulator on random data; nothing here is measured. Large
 fewer query heads per KV head, in which the work is linear (within 10 % for small shapes); `is_extrapolated` says so.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ml_dtypes
@@ -32,6 +32,7 @@ class KernelEstimate:
     """One modelled call. Times in ns, `fastest_ns`/`slowest_ns` with every disputed figure at its extremes.
 
     useful_fraction_of_tensor_peak counts only the products that the result needs: masked ones and padding are waste.
+    `report` holds the simulated call, which is a smaller one if the figures are extrapolated.
     """
 
     kernel: str
@@ -47,6 +48,7 @@ class KernelEstimate:
     useful_flops: float
     bound_by: str
     sbuf_high_water_bytes: int
+    report: simulator.Report = field(repr=False, compare=False)
     is_extrapolated: bool = False
 
     @property
@@ -71,7 +73,8 @@ class KernelEstimate:
         return generation(self.target).bf16_peak.value * 1e3 * self.total_ns * self.num_cores
 
 
-def _from_report(kernel: str, report: simulator.Report, useful_flops: float) -> KernelEstimate:
+def from_report(kernel: str, report: simulator.Report, useful_flops: float) -> KernelEstimate:
+    """The figures of one simulated call."""
     line = report.timeline
     fast, slow = report.range_ns
     return KernelEstimate(
@@ -88,6 +91,7 @@ def _from_report(kernel: str, report: simulator.Report, useful_flops: float) -> 
         useful_flops,
         report.bound(),
         report.sbuf_high_water_bytes,
+        report,
     )
 
 
@@ -145,7 +149,7 @@ def estimate_prefill(
             sliding_window=sliding_window, target=target, grid=num_cores, **scales,
         ).report
         useful = heads * useful_prefill_flops(chunk_lens, past_lens, head_dim, sliding_window)
-        return _from_report("paged_attention_prefill", report, useful)
+        return from_report("paged_attention_prefill", report, useful)
 
     group = num_heads // num_kv_heads
     items = sum(q_tiles * folds for q_tiles, folds, _ in bucket.segments) * num_kv_heads
@@ -199,7 +203,7 @@ def estimate_reshape_and_cache(
     kv_cache = _random_cache(num_blocks, num_kv_heads, block_size, head_dim, cache_dtype)
     slots = block_size + np.random.default_rng(3).permutation((num_blocks - 1) * block_size)[:num_tokens]
     report = simulator.run(reshape_and_cache, key, key, kv_cache, slots.astype(np.int32), target=target).report
-    return _from_report("reshape_and_cache", report, 0.0)
+    return from_report("reshape_and_cache", report, 0.0)
 
 
 def estimate_copy_blocks(
@@ -212,7 +216,7 @@ def estimate_copy_blocks(
     kv_cache = _random_cache(num_blocks, num_kv_heads, block_size, head_dim, cache_dtype)
     pairs = 1 + np.random.default_rng(4).permutation(2 * num_pairs).reshape(num_pairs, 2).astype(np.int32)
     report = simulator.run(copy_blocks, kv_cache, pairs, target=target).report
-    return _from_report("copy_blocks", report, 0.0)
+    return from_report("copy_blocks", report, 0.0)
 
 
 def estimate_rotary_embedding(
@@ -228,4 +232,4 @@ def estimate_rotary_embedding(
     report = simulator.run(
         rotary_embedding, positions, query, key, table, interleaved=interleaved, target=target
     ).report
-    return _from_report("rotary_embedding", report, 0.0)
+    return from_report("rotary_embedding", report, 0.0)

@@ -25,8 +25,8 @@ PROGRAM = "neuron-paged"
 # name: (module, one line for --help)
 COMMANDS = {
     "generate": ("neuron_paged.cli.generate", "generate text from prompts"),
-    "bench": ("neuron_paged.cli.bench", "benchmarks: throughput, latency, kv-utilisation, engine"),
-    "kernels": ("neuron_paged.cli.kernels", "NKI kernels: run in the simulator, calibrate, lint"),
+    "bench": ("neuron_paged.cli.bench", "benchmarks: throughput, latency, kv-utilisation, engine, kernels"),
+    "kernels": ("neuron_paged.cli.kernels", "NKI kernels: run in the simulator, profile, calibrate, lint"),
     "doctor": ("neuron_paged.cli.doctor", "versions, devices, and which backend would be used and why"),
 }
 

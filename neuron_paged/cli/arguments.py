@@ -2,6 +2,7 @@
 """Command-line options shared by subcommands: which model, engine settings, sampling parameters."""
 
 import argparse
+from importlib.util import find_spec
 from typing import Any
 
 from neuron_paged.config import KV_CACHE_DTYPES
@@ -155,3 +156,9 @@ def set_threads(num_threads: int | None) -> int:
             ) from error
         torch.set_num_threads(num_threads)
     return torch.get_num_threads()
+
+
+def need_package(package: str, what: str) -> None:
+    """InvalidRequestError if `package`, which `what` needs and the extra "sim" has, is not installed."""
+    if find_spec(package) is None:
+        raise InvalidRequestError(f"{what} needs the package {package}: pip install 'neuron-paged[sim]'")

@@ -10,18 +10,20 @@ from neuron_paged.cli.arguments import (
     add_engine_arguments,
     add_model_arguments,
     engine_settings,
+    need_package,
     positive_int,
     set_threads,
 )
 from neuron_paged.cli.bench_report import (
     engine_report,
+    kernels_report,
     kv_utilisation_report,
     latency_report,
     throughput_report,
 )
 from neuron_paged.cli.output import STDOUT, check_json_target, write_json
 from neuron_paged.env import silence_profiler_log
-from neuron_paged.errors import InvalidRequestError
+from neuron_paged.errors import InvalidRequestError, NeuronPagedError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("latency", _add_latency, "prefill and decode tokens/s at several batch sizes"),
         ("kv-utilisation", _add_kv_utilisation, "KV waste and batch size against contiguous reservation"),
         ("engine", _add_engine, "what scheduling and batch building cost per step"),
+        ("kernels", _add_kernels, "modelled figures of the NKI attention kernels beside their goals, and decode steps"),
     ):
         sub = benchmarks.add_parser(name, help=text, description=text, allow_abbrev=False)
         add(sub)
@@ -46,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
         "latency": (_latency, latency_report),
         "kv-utilisation": (_kv_utilisation, kv_utilisation_report),
         "engine": (_engine, engine_report),
+        "kernels": (_kernels, kernels_report),
     }
     measure, describe = runners[args.benchmark]
     results = measure(args, sys.stderr.isatty())
@@ -103,6 +107,14 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads (default: all)")
     parser.add_argument("--no-model", action="store_true", help="leave out the real step at 32 sequences")
     add_model_arguments(parser)
+
+
+def _add_kernels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--peer", metavar="nki-library=PATH",
+        help="also run AWS's attention_tkg, from a clone of github.com/aws-neuron/nki-library, in the simulator",
+    )  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="trn2 only, and no prefill")
 
 
 def _throughput(args: argparse.Namespace, progress: bool) -> dict[str, Any]:
@@ -192,6 +204,27 @@ def _engine(args: argparse.Namespace, progress: bool) -> dict[str, Any]:
         step = real_step(args.model, args.dtype, 32, args.block_size)
         results["model_step"] = {"model": args.model, "num_threads": num_threads, **step}
     return results
+
+
+def _kernels(args: argparse.Namespace, progress: bool) -> dict[str, Any]:
+    need_package("ml_dtypes", "the NKI simulator")
+    from neuron_paged.bench.kernels import run_kernels, run_peer
+    from neuron_paged.bench.nki_library import library_source
+    from neuron_paged.cli.kernel_files import describe_failure
+
+    peer = None
+    if args.peer is not None:
+        name, _, path = args.peer.partition("=")
+        if name != "nki-library" or not path:
+            raise InvalidRequestError(f"--peer: got {args.peer!r}, need nki-library=PATH, the path of a clone.")
+        source = library_source(path)
+        try:
+            peer = run_peer(source, progress)
+        except NeuronPagedError:
+            raise
+        except Exception as error:  # whatever a version of the library does that we don't know
+            raise InvalidRequestError(f"--peer: attention_tkg failed: {describe_failure(error)}") from error
+    return run_kernels(peer, args.quick, progress)
 
 
 def int_range(text: str) -> tuple[int, int]:

@@ -139,3 +139,60 @@ def engine_report(results: dict[str, Any]) -> str:
             f"engine {step['host_ms']:.2f} ms = {step['host_ms'] / step['step_ms']:.1%}"
         )
     return "\n".join(lines)
+
+
+def kernels_report(results: dict[str, Any]) -> str:
+    """Goals beside modelled figures, decode steps, and what is left out, of `bench kernels`."""
+    rows: list[list[object]] = []
+    for figure in results["figures"]:
+        goal, spread = figure["goal"], figure["range"]
+        sign = "<=" if figure["goal_is"] == "at most" else ">="
+        rows.append(
+            [figure["case"], figure["target"], "" if goal is None else f"{sign} {goal:.2f}",
+             f"{figure['modelled']:.4f}", "" if spread is None else f"{spread[0]:.3f} .. {spread[1]:.3f}",
+             figure["unit"], {True: "met", False: "MISSED", None: ""}[figure["met"]]]
+        )  # fmt: skip
+    header = ["case (bf16, head_dim 128, 1 NeuronCore, 1 KV head)", "target", "goal", "modelled", "range", "unit", ""]
+    parts = [
+        "every figure is modelled by the simulator's timeline, none is measured. range: all hardware figures on which\n"
+        "sources disagree at their fastest and at their slowest; fractions are of the nominal peak, which the fastest\n"
+        "published bandwidth exceeds",
+        table(header, rows),
+    ]
+    if results["peer"]:
+        times = "; ".join(
+            f"block {run['block_size']}: {run['total_ns'] / 1e3:.1f} us ({run['fastest_ns'] / 1e3:.1f} .. "
+            f"{run['slowest_ns'] / 1e3:.1f}), {run['dma_bytes'] / 1e6:.1f} MB, error {run['relative_error']:.1e}"
+            for run in results["peer"]
+        )
+        parts.append(f"attention_tkg on trn2, same simulator, result checked against fp64: {times}")
+    else:
+        parts.append("--peer nki-library=PATH adds AWS's attention_tkg on the same simulator")
+    return "\n\n".join([*parts, *_steps_report(results["steps"])])
+
+
+def _steps_report(steps: list[dict[str, Any]]) -> list[str]:
+    rows: list[list[object]] = []
+    for step in steps:
+        low, high = step["attention_range_ms"]
+        gather = step["xla_gather"]
+        cores = f", {step['cores_per_rank']} cores a rank" if step["cores_per_rank"] > 1 else ""
+        rows.append(
+            [f"{step['model']}, {step['target']}, TP {step['tensor_parallel']}{cores}",
+             f"{step['num_seqs']} x {step['context_len']}", step["attention_ms"], f"{low:.2f} .. {high:.2f}",
+             step["weight_bytes_per_rank"] / 1e9, step["weights_ms_at_hbm_peak"], step["weights_ms_at_dma_limit"],
+             step["step_ms"], *((None, None) if gather is None else
+                                (gather["step_with_this_kernel_ms"], gather["measured_step_ms"]))]
+        )  # fmt: skip
+    header = [
+        "decode step of a rank", "tokens", "attention ms", "range", "weights GB", "ms at HBM peak", "ms at DMA limit",
+        "sum ms", "8 + attention", "XLA gather",
+    ]  # fmt: skip
+    notes = (
+        "attention: modelled time of one kernel call x layers. weights: bf16 bytes of the rank's linear layers /\n"
+        "bandwidth. sum: attention + weights at the slower of the two limits, nothing overlapped. Left out: norms,\n"
+        "rotary embedding, cache writes, sampling, collectives between ranks, launch, the host. XLA gather: ms that a\n"
+        "third party measured with an engine that gathers the cache in XLA, about 8 of them outside attention;\n"
+        "8 + attention is that step with this kernel instead: 8 measured by them, attention modelled here."
+    )
+    return [table(header, rows), notes]

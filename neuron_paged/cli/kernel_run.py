@@ -235,9 +235,29 @@ def _print(run: Run, top: int) -> None:
         print(f"  {ns / 1e3:10.2f} us {count:6d} x  {_short(file)}:{number}  {source[:90]}")
 
 
-def _document(run: Run, args: argparse.Namespace) -> dict[str, Any]:
-    report, line = run.report, run.report.timeline
+def modelled_figures(report: simulator.Report) -> dict[str, Any]:
+    """What the timing model says about a run, for JSON."""
+    line = report.timeline
     fast, slow = report.range_ns
+    return {
+        "total_ns": line.total_ns,
+        "fastest_ns": fast,
+        "slowest_ns": slow,
+        "busy_ns": dict(line.busy_ns),
+        "bound_by": report.bound(),
+        "dma_bytes": line.dma_bytes,
+        "hbm_bytes": line.hbm_bytes,
+        "bytes_by_kind": dict(line.bytes_by_kind),
+        "dma_descriptors": line.dma_descriptors,
+        "matmul_flops": line.matmul_flops,
+        "fraction_of_hbm": report.fraction_of_hbm(),
+        "fraction_of_dma": report.fraction_of_dma(),
+        "fraction_of_tensor_peak": report.fraction_of_tensor_peak(),
+    }
+
+
+def _document(run: Run, args: argparse.Namespace) -> dict[str, Any]:
+    report = run.report
     return {
         "kernel": args.kernel,
         "target": run.target,
@@ -251,21 +271,7 @@ def _document(run: Run, args: argparse.Namespace) -> dict[str, Any]:
         "diagnostics": report.diagnostics,
         "poisoned": report.poisoned,
         "num_instructions": report.num_instructions,
-        "modelled": {
-            "total_ns": line.total_ns,
-            "fastest_ns": fast,
-            "slowest_ns": slow,
-            "busy_ns": dict(line.busy_ns),
-            "bound_by": report.bound(),
-            "dma_bytes": line.dma_bytes,
-            "hbm_bytes": line.hbm_bytes,
-            "bytes_by_kind": dict(line.bytes_by_kind),
-            "dma_descriptors": line.dma_descriptors,
-            "matmul_flops": line.matmul_flops,
-            "fraction_of_hbm": report.fraction_of_hbm(),
-            "fraction_of_dma": report.fraction_of_dma(),
-            "fraction_of_tensor_peak": report.fraction_of_tensor_peak(),
-        },
+        "modelled": modelled_figures(report),
         "sbuf_high_water_bytes": report.sbuf_high_water_bytes,
         "psum_high_water_banks": report.psum_high_water_banks,
         "hot_lines": [{"line": text, "instructions": n, "busy_ns": ns} for text, n, ns in report.hot_lines(20)],

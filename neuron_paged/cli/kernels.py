@@ -1,16 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NKI kernels without a device: run them in the simulator, compare its timing model with measurements, lint sources."""
+"""NKI kernels without a device: run them in the simulator, model this project's for a shape, compare the timing model
+with measurements, lint sources."""
 
 import argparse
-from importlib.util import find_spec
 from pathlib import Path
 
 from neuron_paged.cli import Parser
-from neuron_paged.cli.arguments import positive_int
+from neuron_paged.cli.arguments import need_package, positive_int
 from neuron_paged.cli.output import STDOUT, check_file_target, check_json_target, write_json
 from neuron_paged.errors import InvalidRequestError
 
 TARGETS = ("trn1", "inf2", "trn2", "trn3")
+MAX_SEQS = 4096  # sequences and tokens that an option may name: beyond every bucket
+MAX_LENGTH = 1 << 24
+PROFILED = ("decode", "prefill", "reshape_and_cache", "copy_blocks", "rope")
+_PROFILE = """\
+Modelled cost of one call of this project's kernels: time and its range, bytes by kind, fractions of the HBM, DMA and
+TensorE peaks, SBUF and PSUM, instructions, what bounds it. Heads are those of one rank. Nothing is measured.
+
+lengths: 128,512,8192 or 8x8192 or 4x128,2x1024, tokens of each sequence
+"""
 _RUN = """\
 Run one kernel on numpy arrays and print its outputs, what it depends on, and where the modelled time goes.
 
@@ -50,6 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     _add_run(run_parser)
+    profile = tasks.add_parser(
+        "profile", help="modelled cost of this project's kernels for a shape", description=_PROFILE, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    _add_profile(profile)
     text = "the timing model beside every measured figure, and the figures on which sources disagree"
     calibrate = tasks.add_parser("calibrate", help=text, description=text, allow_abbrev=False)
     calibrate.add_argument("--target", choices=TARGETS, help="only this instance family's (default: all)")
@@ -93,6 +107,48 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_profile(parser: argparse.ArgumentParser) -> None:
+    """Defaults are None, so that an option the kernel has no use for is noticed; kernel_profile.DEFAULTS has them."""
+    parser.add_argument("kernel", choices=PROFILED, metavar="KERNEL", help=", ".join(PROFILED))
+    parser.add_argument(
+        "--target", choices=TARGETS, help="default: NEURON_PLATFORM_TARGET_OVERRIDE if it is set, else trn2"
+    )
+    parser.add_argument(
+        "--context-lens", type=lengths, metavar="LENS", help="decode, prefill: tokens, this step's included"
+    )
+    parser.add_argument(
+        "--query-lens", type=lengths, metavar="LENS",
+        help="tokens of this step, one length for all or one per sequence (default: decode 1, prefill --context-lens)",
+    )  # fmt: skip
+    parser.add_argument("--num-pairs", type=positive_int, metavar="N", help="copy_blocks: blocks to copy")
+    parser.add_argument("--num-heads", type=positive_int, metavar="N", help="query heads (default 8)")
+    parser.add_argument("--num-kv-heads", type=positive_int, metavar="N", help="KV heads (default 1)")
+    parser.add_argument("--head-dim", type=positive_int, metavar="N", help="default 128")
+    parser.add_argument("--block-size", type=positive_int, metavar="TOKENS", help="default 32")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default bf16")
+    parser.add_argument("--kv-dtype", choices=("bf16", "fp16", "fp32", "fp8"), help="of the cache (default: --dtype)")
+    parser.add_argument("--lnc", type=positive_int, metavar="N", help="NeuronCores that share the work (default 1)")
+    parser.add_argument("--sliding-window", type=positive_int, metavar="TOKENS", help="default: none")
+    group = parser.add_argument_group("files")
+    group.add_argument("--json", metavar="FILE", help='write the figures as JSON ("-": to standard output)')
+    group.add_argument("--trace", metavar="FILE", help="write the timeline; opens in ui.perfetto.dev")
+    group.add_argument("--png", metavar="FILE", help="draw the timeline")
+
+
+def lengths(text: str) -> list[int]:
+    """ "2x128,512" → [128, 128, 512]."""
+    found: list[int] = []
+    for part in text.split(","):
+        count, times, length = part.rpartition("x")
+        numbers = [count, length] if times else ["1", length]
+        if not all(number.isdecimal() and 1 <= int(number) <= MAX_LENGTH for number in numbers):
+            raise argparse.ArgumentTypeError(f"got {part!r} in {text!r}, need lengths such as 128,512 or 8x8192")
+        if len(found) + int(numbers[0]) > MAX_SEQS:
+            raise argparse.ArgumentTypeError(f"got more than {MAX_SEQS} sequences")
+        found += [int(length)] * int(numbers[0])
+    return found
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the chosen task."""
     if args.task == "lint":
@@ -100,19 +156,18 @@ def run(args: argparse.Namespace) -> int:
     for option in ("trace", "png", "save_outputs"):
         check_file_target("--" + option.replace("_", "-"), getattr(args, option, None))
     check_json_target(args.json)
-    _need("ml_dtypes", "the NKI simulator")
+    need_package("ml_dtypes", "the NKI simulator")
     if args.task == "calibrate":
         return _calibrate(args)
     if args.png is not None:
-        _need("matplotlib", "--png")
+        need_package("matplotlib", "--png")
+    if args.task == "profile":
+        from neuron_paged.cli.kernel_profile import profile_kernel
+
+        return profile_kernel(args)
     from neuron_paged.cli.kernel_run import run_kernel
 
     return run_kernel(args)
-
-
-def _need(package: str, what: str) -> None:
-    if find_spec(package) is None:
-        raise InvalidRequestError(f"{what} needs the package {package}: pip install 'neuron-paged[sim]'")
 
 
 def _calibrate(args: argparse.Namespace) -> int:

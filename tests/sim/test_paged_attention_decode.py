@@ -323,7 +323,7 @@ def test_the_next_bucket_costs_at_most_a_quarter_more(target):
 @pytest.mark.parametrize("target,block_size,steady,call", [("trn1", 16, 0.65, 0.52), ("trn2", 32, 0.88, 0.68),
                                                            ("trn3", 32, 0.80, 0.60)])
 def test_long_batch_stays_near_the_hbm_limit(target, block_size, steady, call):
-    """Eight times 4096 and 8192 tokens; the goals for twice these lengths are in estimates.decode_targets."""
+    """Eight times 4096 and 8192 tokens; `neuron-paged bench kernels` has goals for twice these lengths."""
     short, long = (decode_estimate(target, [n] * 8, 8, 1, 128, block_size) for n in (4096, 8192))
     assert steady_fraction(short, long) >= steady
     assert short.hbm_fraction >= call * 0.8 and long.hbm_fraction >= call

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`bench kernels`: modelled figures of the attention kernels beside the goals they were designed for.
+
+Owns the goals and the cases. Every figure comes from the simulator's timing model: bf16, head_dim 128, one NeuronCore,
+one KV head. A range gives the figure with every disputed hardware constant at its fastest and at its slowest.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from neuron_paged.bench.decode_step import estimate_step, step_cases
+from neuron_paged.bench.nki_library import MAX_ERROR, PeerRun, run_attention_tkg
+from neuron_paged.errors import InvalidRequestError
+from nki_kernels.estimates import DecodeEstimate, decode_estimate
+from nki_kernels.hardware import generation
+from nki_kernels.prefill_estimates import estimate_prefill
+
+HEAD_DIM = 128
+RAGGED_TOKENS = (128, 128, 256, 512, 1024, 2048, 4096, 8192)
+BLOCK_SIZES = {"trn1": 16, "trn2": 32, "trn3": 32}  # large descriptors pay from NeuronCore-v3 on
+STEADY_GOALS = {("trn1", 8): 0.65, ("trn2", 8): 0.88, ("trn3", 8): 0.74, ("trn1", 32): 0.60, ("trn2", 32): 0.80}
+CALL_GOALS = {"trn1": 0.60, "trn2": 0.80}
+PEER_TARGET = "trn2"
+PEER_BLOCK_SIZES = (16, 32)
+SWDGE_NS = (13.0, 26.5)  # per descriptor: the two published values
+
+HBM = "of HBM peak"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure. low and high: the range, None where nothing is disputed. goal None: informative."""
+
+    case: str
+    target: str
+    unit: str
+    modelled: float = math.nan
+    low: float | None = None
+    high: float | None = None
+    goal: float | None = None
+    at_most: bool = False  # whether the goal is an upper bound
+
+    def document(self) -> dict[str, Any]:
+        met = None
+        if self.goal is not None:
+            met = self.modelled <= self.goal if self.at_most else self.modelled >= self.goal
+        return {
+            "case": self.case,
+            "target": self.target,
+            "unit": self.unit,
+            "goal": self.goal,
+            "goal_is": None if self.goal is None else "at most" if self.at_most else "at least",
+            "modelled": self.modelled,
+            "range": None if self.low is None else [self.low, self.high],
+            "met": met,
+        }
+
+
+def run_kernels(peer: list[PeerRun] | None, quick: bool, progress: bool) -> dict[str, Any]:
+    """Every row. peer: see `run_peer`; quick: trn2 only and no prefill."""
+    targets = (PEER_TARGET,) if quick else tuple(BLOCK_SIZES)
+    try:
+        rows = [row for target in targets for row in _decode_rows(target, progress)]
+        rows += _ragged_rows(targets, peer, progress)
+        rows += [] if quick else [_prefill_row(target, progress) for target in targets]
+        steps = []
+        for case in step_cases(targets if quick else (*targets, "inf2")):
+            _tell(progress, f"{case.model.name} on {case.target}, TP {case.tensor_parallel}")
+            steps.append(estimate_step(case))
+    finally:
+        _tell(progress, "")
+    return {
+        "quick": quick,
+        "figures": [row.document() for row in rows],
+        "steps": steps,
+        "peer": None if peer is None else [_peer_document(run) for run in peer],
+    }
+
+
+def run_peer(source: Path, progress: bool) -> list[PeerRun]:
+    """AWS's attention_tkg on the ragged batch. InvalidRequestError if its result is wrong."""
+    runs = []
+    try:
+        for block_size in PEER_BLOCK_SIZES:
+            _tell(progress, f"attention_tkg, block {block_size}")
+            runs.append(run_attention_tkg(source, RAGGED_TOKENS, 8, HEAD_DIM, block_size, PEER_TARGET))
+    finally:
+        _tell(progress, "")
+    worst = max(run.relative_error for run in runs)
+    if not worst <= MAX_ERROR:
+        raise InvalidRequestError(
+            f"--peer: attention_tkg's result is off by {worst:.2g} (relative, against fp64), need at most {MAX_ERROR}: "
+            "this version of the library can't be compared."
+        )
+    return runs
+
+
+def _tell(progress: bool, text: str) -> None:
+    """Shows on the terminal what is being modelled; an empty text clears the line."""
+    if progress:
+        print(f"\r\x1b[K{text and f'modelling {text}'}", end="", file=sys.stderr, flush=True)
+
+
+# ---- decode ---------------------------------------------------------------------------------------------------------
+
+
+def _decode(target: str, context_lens: tuple[int, ...], group_size: int, **options: Any) -> DecodeEstimate:
+    options.setdefault("block_size", BLOCK_SIZES[target])
+    return decode_estimate(target, context_lens, group_size, 1, HEAD_DIM, **options)
+
+
+def _timed(row: Row, function: Callable[..., float], *calls: DecodeEstimate) -> Row:
+    """`row` with `function` of the calls' times, us, and its range with disputed figures at either end."""
+    value = function(*(call.time_us for call in calls))
+    # A ratio of two times may leave the interval of its ends.
+    bounds = [value, *(function(*(call.time_range_us[end] for call in calls)) for end in (0, 1))]
+    return replace(row, modelled=value, low=min(bounds), high=max(bounds))
+
+
+def _hbm_fraction(target: str, num_bytes: int, time_us: float) -> float:
+    return num_bytes / (time_us * 1e3) / generation(target).hbm_bandwidth.value
+
+
+def _decode_rows(target: str, progress: bool) -> Iterator[Row]:
+    """Long equal sequences: without fixed cost (extra bytes over extra time of twice the length), and whole calls."""
+    block = BLOCK_SIZES[target]
+    for group in (8, 32):
+        _tell(progress, f"decode on {target}, {group} columns")
+        short, long = (_decode(target, (length,) * 8, group) for length in (8192, 16384))
+        extra = long.live_bytes - short.live_bytes
+        goal = STEADY_GOALS.get((target, group))
+        row = Row(f"decode steady state, S·G = {group}, block {block}", target, HBM, goal=goal)
+        yield _timed(row, lambda a, b, n=extra: _hbm_fraction(target, n, b - a), short, long)
+        if group == 8:
+            row = Row("decode whole call, 8 x 8192 tokens", target, HBM, goal=CALL_GOALS.get(target))
+            yield _timed(row, lambda us, n=short.live_bytes: _hbm_fraction(target, n, us), short)
+            if target == PEER_TARGET:
+                small = _decode(target, (8192,) * 8, group, block_size=16)
+                for call, size, cost in ((c, b, ns) for c, b in ((short, block), (small, 16)) for ns in SWDGE_NS):
+                    value = _hbm_fraction(target, call.live_bytes, call.time_us_with(swdge_descriptor=cost))
+                    yield Row(f"  block {size}, {cost} ns per SWDGE descriptor", target, HBM, value)
+
+
+def _ragged_rows(targets: tuple[str, ...], peer: list[PeerRun] | None, progress: bool) -> Iterator[Row]:
+    """A batch of very different lengths: what padding costs, against reading the whole bucket, tiny batches."""
+    bucket_bytes = len(RAGGED_TOKENS) * max(RAGGED_TOKENS) * 2 * HEAD_DIM * 2
+    for target in targets:
+        _tell(progress, f"the ragged batch on {target}")
+        for block in sorted({16, BLOCK_SIZES[target]}):
+            exact = _decode(target, RAGGED_TOKENS, 8, block_size=block)
+            shape = replace(
+                exact.shape,
+                num_seqs=2 * exact.shape.num_seqs,
+                full_folds=exact.shape.full_folds + 1,
+                mixed_folds=exact.shape.mixed_folds + 1,
+            )
+            padded = _decode(target, RAGGED_TOKENS, 8, block_size=block, shape=shape)
+            size = f"{shape.num_folds} / {exact.shape.num_folds} folds"
+            row = Row(f"ragged batch, block {block}: next bucket, {size}", target, "x time", goal=1.25, at_most=True)
+            yield _timed(row, lambda a, b: b / a, exact, padded)
+        yield Row(
+            "ragged batch: DMA bytes / live KV bytes", target, "x bytes", exact.dma_overhead, goal=1.05, at_most=True
+        )
+        yield Row("ragged batch: KV of the whole bucket / DMA bytes", target, "x bytes", bucket_bytes / exact.dma_bytes)
+        tiny = _decode(target, (128,), 8)
+        yield Row("1 sequence of 128 tokens: DMA bytes / live KV", target, "x bytes", tiny.dma_overhead)
+        if peer and target == PEER_TARGET:
+            yield from _peer_rows(exact, peer)
+
+
+def _peer_rows(ours: DecodeEstimate, peer: list[PeerRun]) -> Iterator[Row]:
+    """Best against best: either side's fastest block size."""
+    own = min([ours, _decode(PEER_TARGET, RAGGED_TOKENS, 8, block_size=16)], key=lambda call: call.time_us)
+    report = min((run.report for run in peer), key=lambda report: report.total_ns)
+    fast, slow = report.range_ns
+    value = report.total_ns / 1e3 / own.time_us
+    bounds = [value, fast / 1e3 / own.time_range_us[0], slow / 1e3 / own.time_range_us[1]]
+    case, num_bytes = "ragged batch: attention_tkg / ours", report.timeline.dma_bytes / own.dma_bytes
+    yield Row(case, PEER_TARGET, "x bytes", num_bytes, goal=3.9)
+    yield Row(case, PEER_TARGET, "x time", value, min(bounds), max(bounds), goal=5.0)
+
+
+def _peer_document(run: PeerRun) -> dict[str, Any]:
+    fast, slow = run.report.range_ns
+    return {
+        "kernel": "attention_tkg",
+        "target": run.report.target,
+        "block_size": run.block_size,
+        "total_ns": run.report.total_ns,
+        "fastest_ns": fast,
+        "slowest_ns": slow,
+        "dma_bytes": run.report.timeline.dma_bytes,
+        "num_instructions": run.report.num_instructions,
+        "relative_error": run.relative_error,
+    }
+
+
+# ---- prefill --------------------------------------------------------------------------------------------------------
+
+
+def _prefill_row(target: str, progress: bool) -> Row:
+    _tell(progress, f"prefill of 2048 tokens over 8192 on {target} (half a minute)")
+    call = estimate_prefill((2048,), (8192,), num_heads=4, num_kv_heads=1, head_dim=HEAD_DIM, target=target)
+    value = call.fraction_of_tensor_peak
+    return Row(
+        "prefill of 2048 tokens over 8192, G = 4", target, "of TensorE peak", value,
+        value * call.total_ns / call.slowest_ns, value * call.total_ns / call.fastest_ns, goal=0.6,
+    )  # fmt: skip
