@@ -12,6 +12,7 @@ from neuron_paged.bench.workload import Workload, WorkloadRequest, corpus_tokens
 from neuron_paged.engine.llm import LLM
 from neuron_paged.engine.model_runner import ModelRunner
 from neuron_paged.errors import InvalidRequestError
+from neuron_paged.models.prepare_cpu import PackedLinear
 
 
 def run_latency(
@@ -56,7 +57,8 @@ def run_latency(
         )
     executor = llm.engine.executor
     assert isinstance(executor, ModelRunner)
-    weight_bytes = executor.model.config.num_parameters * executor.model.dtype.itemsize
+    # What a decode step reads whole: the linear layers, the head among them, as they are stored.
+    weight_bytes = sum(m.packed.nbytes for m in executor.model.modules() if isinstance(m, PackedLinear))
     rate = read_bytes_per_second()
     return {
         "prompt_len": prompt_len,
