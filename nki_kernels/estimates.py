@@ -7,7 +7,6 @@ Pure functions without output; command lines and benchmarks print what they retu
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 
 from . import simulator
@@ -16,15 +15,8 @@ from .hardware import generation
 from .paged_attention_decode import paged_attention_decode
 from .plan import plan_decode, smallest_shape
 from .plan_shape import PlanShape
+from .simulator.dtypes import to_numpy
 from .simulator.report import Report
-
-_NUMPY = {
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": ml_dtypes.bfloat16,
-    "float8_e4m3": ml_dtypes.float8_e4m3,
-    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
-}
 
 
 @dataclass(frozen=True)
@@ -100,8 +92,8 @@ def decode_estimate(
     table[np.arange(table.shape[1]) < num_blocks_of[:, None]] = np.arange(1, layout.num_blocks)
     plan = plan_decode(table, lens, layout, shape, q_len=q_len, sliding_window=sliding_window)
     cache_name = cache_dtype or dtype
-    cache = np.zeros((layout.num_blocks, num_kv_heads, 2, block_size, head_dim), _NUMPY[cache_name])
-    query = np.zeros((shape.num_seqs * q_len, num_heads, head_dim), _NUMPY[dtype])
+    cache = np.zeros((layout.num_blocks, num_kv_heads, 2, block_size, head_dim), to_numpy(cache_name))
+    query = np.zeros((shape.num_seqs * q_len, num_heads, head_dim), to_numpy(dtype))
     report = simulator.run(
         paged_attention_decode, query, cache, plan.table, shape.full_folds, shape.mixed_folds,
         shape.seqs_per_mixed_fold, q_len, head_dim**-0.5, sliding_window,

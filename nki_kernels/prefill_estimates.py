@@ -8,7 +8,6 @@ fewer query heads per KV head, in which the work is linear (within 10 % for smal
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from nki_kernels import simulator
@@ -17,13 +16,8 @@ from nki_kernels.hardware import generation
 from nki_kernels.paged_attention_prefill import check_paged_attention_prefill, paged_attention_prefill
 from nki_kernels.prefill_plan import PrefillBucket, choose_bucket, plan_prefill
 from nki_kernels.rotary_embedding import check_rotary_embedding, rotary_embedding
+from nki_kernels.simulator.dtypes import to_numpy
 
-NUMPY = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float8_e4m3": np.dtype(ml_dtypes.float8_e4m3),
-}
 MAX_SIMULATED_ITEMS = 330  # (Q tile, query head, fold) triples; about 0.1 s each
 
 
@@ -97,7 +91,7 @@ def from_report(kernel: str, report: simulator.Report, useful_flops: float) -> K
 
 def _random_cache(num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: str) -> np.ndarray:
     shape = (num_blocks, num_kv_heads, 2, block_size, head_dim)
-    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32).astype(NUMPY[dtype])
+    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32).astype(to_numpy(dtype))
 
 
 def estimate_prefill(
@@ -142,7 +136,7 @@ def estimate_prefill(
 
     def simulate(heads_per_kv_head: int) -> KernelEstimate:
         heads = heads_per_kv_head * num_kv_heads
-        query = np.random.default_rng(2).standard_normal((num_tokens, heads, head_dim)).astype(NUMPY[dtype])
+        query = np.random.default_rng(2).standard_normal((num_tokens, heads, head_dim)).astype(to_numpy(dtype))
         report = simulator.run(
             paged_attention_prefill, query, kv_cache, plan.q_rows, plan.out_rows, plan.q_range, plan.kv_rows,
             segments=bucket.segments, row_tokens=bucket.row_tokens, softmax_scale=head_dim**-0.5,
@@ -199,7 +193,7 @@ def estimate_reshape_and_cache(
     cache_dtype = cache_dtype or dtype
     num_blocks = 1 + -(-num_tokens // block_size)
     check_reshape_and_cache(num_tokens, num_blocks, num_kv_heads, block_size, head_dim, dtype, cache_dtype)
-    key = np.ones((num_tokens, num_kv_heads, head_dim), NUMPY[dtype])
+    key = np.ones((num_tokens, num_kv_heads, head_dim), to_numpy(dtype))
     kv_cache = _random_cache(num_blocks, num_kv_heads, block_size, head_dim, cache_dtype)
     slots = block_size + np.random.default_rng(3).permutation((num_blocks - 1) * block_size)[:num_tokens]
     report = simulator.run(reshape_and_cache, key, key, kv_cache, slots.astype(np.int32), target=target).report
@@ -226,7 +220,7 @@ def estimate_rotary_embedding(
     """One call; rot_dim defaults to head_dim."""
     rot_dim = rot_dim or head_dim
     check_rotary_embedding(num_tokens, num_heads, num_kv_heads, head_dim, rot_dim, 4096, dtype)
-    query, key = (np.ones((num_tokens, heads, head_dim), NUMPY[dtype]) for heads in (num_heads, num_kv_heads))
+    query, key = (np.ones((num_tokens, heads, head_dim), to_numpy(dtype)) for heads in (num_heads, num_kv_heads))
     positions = np.arange(num_tokens, dtype=np.int32) % 4096
     table = np.ones((4096, rot_dim), np.float32)
     report = simulator.run(

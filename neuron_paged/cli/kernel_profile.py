@@ -16,7 +16,6 @@ from neuron_paged.errors import InvalidRequestError
 from nki_kernels.estimates import decode_estimate
 from nki_kernels.hardware import generation
 from nki_kernels.prefill_estimates import (
-    NUMPY,
     KernelEstimate,
     estimate_copy_blocks,
     estimate_prefill,
@@ -26,6 +25,7 @@ from nki_kernels.prefill_estimates import (
     useful_prefill_flops,
 )
 from nki_kernels.simulator import KernelError
+from nki_kernels.simulator.dtypes import ITEMSIZE
 from nki_kernels.simulator.runner import default_target
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "float8_e4m3"}
@@ -169,7 +169,7 @@ def _block_bytes(values: dict[str, Any]) -> int:
 
 
 def _token_bytes(values: dict[str, Any]) -> int:
-    return 2 * values["num_kv_heads"] * values["head_dim"] * NUMPY[values["kv_dtype"]].itemsize
+    return 2 * values["num_kv_heads"] * values["head_dim"] * ITEMSIZE[values["kv_dtype"]]
 
 
 def _option(name: str) -> str:
