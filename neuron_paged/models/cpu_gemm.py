@@ -3,13 +3,16 @@
 
 Weights are packed into panels of PANEL outputs, [num_panels, in_features, PANEL]: every load is a full vector, and
 memory is read once in order. Threads take (panel, rows) pairs from a counter. Measured on CPU (2 threads, ms for all
-120 linear layers of SmolLM2-135M's body plus its head; oneDNN prepacked linears → fp32 weights → bf16 weights):
+120 linear layers of SmolLM2-135M's body plus its head; oneDNN prepacked linears → fp32 weights → bf16 weights), with
+slices of 1024 inputs; slices of 256, as now, differ by less than the machines' noise:
 
     tokens      AVX-512                           AVX2 (same machine, the others' instructions switched off)
     1           21.4 + 4.7 → 16.4 + 3.8 →  9.0 + 1.9        22.1 + 5.1 → 16.2 + 4.0 → 10.6 + 2.4
     8           23.4 + 5.0 → 15.3 + 3.7 → 13.4 + 2.8        32.9 + 6.9 → 27.4 + 6.4 → 19.8 + 4.9
     32          46.2 + 10.3 → 35.4 + 8.9 → 35.9 + 8.8       52.0 + 12.6 → 48.1 + 12.0 → 42.9 + 11.1
     512         531 → 512 → 506                             559 → 526 → 559
+
+On an AVX2 machine (Zen 3, noisy), body only: 30 → 24 → 15 at 1 token, 101 → 87 → 80 at 32, 980 → 824 → 870 at 512.
 """
 # mypy: disable-error-code="call-arg, var-annotated"
 # (numba passes an intrinsic's first argument, the typing context, itself)
