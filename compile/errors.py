@@ -16,3 +16,15 @@ class MissingPackageError(CompileError):
 
 class KernelError(CompileError):
     """A kernel behind a custom call failed while a graph ran."""
+
+
+class BundleError(CompileError):
+    """A bundle is missing, damaged, foreign or incomplete: the message names the file or the field."""
+
+
+class BundleMissError(BundleError):
+    """No bundle for these settings; the message names the nearest one and the fields in which it differs."""
+
+
+class StoreError(CompileError):
+    """A store of bundles can't be reached, read or written."""

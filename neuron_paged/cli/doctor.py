@@ -35,6 +35,7 @@ def _readable(report: dict[str, Any]) -> str:
         ("cpu", f"{report['cpus']} x {report['cpu']}" + (f", {memory} GiB memory" if memory else "")),
         ("packages", versions(report["packages"])),
         ("neuron packages", versions(report["neuron_packages"])),
+        ("neuron system", versions(report["neuron_system"])),
         ("neuron devices", ", ".join(report["neuron_devices"]) or "none"),
         ("backend", f"{report['backend']['name']} ({report['backend']['reason']})"),
         *(("environment", f"{name}={value}") for name, value in report["environment"].items()),
