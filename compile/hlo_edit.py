@@ -161,7 +161,8 @@ def normalise(hlo: bytes, name: str) -> bytes:
     Without locations the bytes don't depend on where the model's code lies. torch computes indices and scalars in
     int64, which neuronx-cc narrows or refuses depending on version and flags; here it happens once, and visibly. The
     largest and smallest int64, with which reductions start, become those of int32; ValueError for any other constant
-    that needs more than 32 bits.
+    that needs more than 32 bits. Collectives lose the channel that torch_xla gives all of them alike: their replica
+    groups are those of ranks, as torch-neuronx writes them.
     """
     fields = []
     for top in read_fields(hlo):
@@ -180,6 +181,7 @@ def normalise(hlo: bytes, name: str) -> bytes:
 
 
 _STACK_FRAME_INDEX = 17  # of HloModuleProto
+_DROPPED_FIELDS = (7, 26, 71)  # of HloInstructionProto: metadata, channel_id, use_global_device_ids
 _INT64, _INT32 = _TYPE_NUMBERS["int64"], _TYPE_NUMBERS["int32"]
 _INT32_RANGE = (-(2**31), 2**31 - 1)
 _INT64_RANGE = (-(2**63), 2**63 - 1)
@@ -201,7 +203,7 @@ def _normalised_computation(data: bytes) -> list[Field]:
 def _normalised_instruction(data: bytes) -> list[Field]:
     fields = []
     for f in read_fields(data):
-        if f.number == 7:  # OpMetadata
+        if f.number in _DROPPED_FIELDS:
             continue
         if f.number == 3 and isinstance(f.value, bytes):
             f = Field(3, BYTES, _narrow_shape(f.value))

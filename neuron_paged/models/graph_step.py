@@ -14,11 +14,12 @@ from compile.buckets import DecodeTableBucket, PrefillTableBucket
 from compile.graph_spec import GraphSpec, TensorSpec
 from compile.kernel_calls import KernelCompiler
 from compile.lower import LoweringRequest
+from neuron_paged.models.collectives import RankGroup
 from neuron_paged.models.config import ModelConfig
 from neuron_paged.models.inputs import AttentionInputs
 from neuron_paged.models.llama import LlamaModel
 from neuron_paged.models.sampler import SamplingTensors
-from neuron_paged.models.step import ModelStep
+from neuron_paged.models.tensor_parallel import Shard, check_tensor_parallel_size, join_ranks, model_step
 from nki_kernels.layout import KVCacheLayout
 
 TableBucket = DecodeTableBucket | PrefillTableBucket
@@ -30,6 +31,8 @@ class GraphModel(NamedTuple):
 
     config: the model. dtype: of weights and activations, torch's name without "torch.". max_positions: rows of the
     rotary table. block_size, num_blocks, kv_cache_dtype: the caches' shape and dtype, one shape for all buckets.
+    tensor_parallel_size: ranks that share the model. One graph serves them all: what tells a rank from another are its
+    weights and buffers.
     """
 
     config: ModelConfig
@@ -38,6 +41,12 @@ class GraphModel(NamedTuple):
     block_size: int
     num_blocks: int
     kv_cache_dtype: str
+    tensor_parallel_size: int = 1
+
+    @property
+    def rank_config(self) -> ModelConfig:
+        """Sizes of what one rank computes."""
+        return Shard(self.config, 0, self.tensor_parallel_size).rank_config
 
 
 class DecodeStep(nn.Module):
@@ -58,7 +67,7 @@ class DecodeStep(nn.Module):
         *kv_caches: Tensor,
     ) -> Tensor:
         inputs = AttentionInputs(slot_mapping, block_table, context_lens)
-        step = ModelStep(self.model)
+        step = model_step(self.model)
         return step(token_ids, positions, inputs, None, None, SamplingTensors(), list(kv_caches)).token_ids
 
 
@@ -82,7 +91,7 @@ class PrefillStep(nn.Module):
         *kv_caches: Tensor,
     ) -> Tensor:
         inputs = AttentionInputs(slot_mapping, block_table, context_lens, cu_seqlens_q)
-        step = ModelStep(self.model)
+        step = model_step(self.model)
         return step(token_ids, positions, inputs, logits_indices, None, SamplingTensors(), list(kv_caches)).token_ids
 
 
@@ -103,7 +112,7 @@ def graph_spec(model: GraphModel, bucket: TableBucket) -> GraphSpec:
     inputs += [int32("block_table", num_seqs, bucket.max_blocks_per_seq), int32("context_lens", num_seqs)]
     if isinstance(bucket, PrefillTableBucket):
         inputs += [int32("cu_seqlens_q", num_seqs + 1), int32("logits_indices", num_seqs)]
-    layout = KVCacheLayout(model.config.num_kv_heads, model.block_size, model.config.head_dim)
+    layout = KVCacheLayout(model.rank_config.num_kv_heads, model.block_size, model.config.head_dim)
     shape = layout.kv_cache_shape(model.num_blocks)
     caches = [TensorSpec(cache_name(i), shape, model.kv_cache_dtype) for i in range(model.config.num_layers)]
     return GraphSpec(bucket.name, tuple(inputs), tuple(caches), (OUTPUT,))
@@ -115,10 +124,15 @@ def cache_name(layer: int) -> str:
 
 
 def make_step(model: GraphModel, bucket: TableBucket) -> DecodeStep | PrefillStep:
-    """The bucket's step over a model without storage (meta device)."""
+    """The bucket's step over a model without storage (meta device), or over a rank's part of one."""
     dtype = getattr(torch, model.dtype)
-    meta = LlamaModel(model.config, dtype=dtype, device="meta", max_positions=model.max_positions)
-    return step_class(bucket)(meta)
+    if model.tensor_parallel_size == 1:
+        meta = LlamaModel(model.config, dtype=dtype, device="meta", max_positions=model.max_positions)
+        return step_class(bucket)(meta)
+    check_tensor_parallel_size(model.tensor_parallel_size, model.config)
+    shard = Shard(model.config, 0, model.tensor_parallel_size)
+    meta = shard.new_model(LlamaModel, dtype=dtype, device="meta", max_positions=model.max_positions)
+    return step_class(bucket)(join_ranks(meta, shard, RankGroup(shard.rank, shard.size)))
 
 
 def lowering_request(

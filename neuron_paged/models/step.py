@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from neuron_paged.models.inputs import AttentionInputs
-from neuron_paged.models.sampler import Logprobs, SamplingTensors, compute_logprobs, sample
+from neuron_paged.models.sampler import Logprobs, SamplerOutput, SamplingTensors, compute_logprobs, sample
 
 # Prompt logprobs need a row of logits per prompt token; so many rows at a time bound the memory (64 rows of 152k
 # logits are 39 MB).
@@ -43,6 +43,11 @@ class StepOutput(NamedTuple):
     prompt_logprobs: Logprobs | None
 
 
+def prompt_parts(indices: Tensor) -> list[slice]:
+    """Slices of the prompt tokens [P] whose logits are made at once."""
+    return [slice(start, start + _PROMPT_ROWS) for start in range(0, indices.shape[0], _PROMPT_ROWS)]
+
+
 class ModelStep:
     """The model with sampling inside. Writes kv_caches, else without side effects."""
 
@@ -70,18 +75,26 @@ class ModelStep:
             if logits_indices.shape[0] == 0:  # only prefill chunks that do not reach the last token
                 return StepOutput(logits_indices.long(), None, prompt_logprobs)
             hidden = hidden.index_select(0, logits_indices)
+        return StepOutput(*self._sample(hidden, sample_rows, sampling, on_logits), prompt_logprobs)
+
+    def _sample(
+        self,
+        hidden: Tensor,
+        sample_rows: Tensor | None,
+        sampling: SamplingTensors,
+        on_logits: Callable[[], None] | None,
+    ) -> SamplerOutput:
+        """Samples from hidden states [R, hidden_size]; the other arguments are those of __call__."""
         logits = self.model.compute_logits(hidden)
         if on_logits is not None:
             on_logits()
         if sample_rows is not None:
             logits = logits.index_select(0, sample_rows)
-        token_ids, logprobs = sample(logits, sampling)
-        return StepOutput(token_ids, logprobs, prompt_logprobs)
+        return sample(logits, sampling)
 
     def _prompt_logprobs(self, hidden: Tensor, prompt: PromptLogprobTensors) -> Logprobs:
         parts = []
-        for start in range(0, prompt.indices.shape[0], _PROMPT_ROWS):
-            part = slice(start, start + _PROMPT_ROWS)
+        for part in prompt_parts(prompt.indices):
             logits = self.model.compute_logits(hidden.index_select(0, prompt.indices[part]))
             parts.append(compute_logprobs(logits, prompt.token_ids[part], prompt.num_logprobs))
         return Logprobs(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
