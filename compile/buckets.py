@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Buckets: the static shapes graphs are compiled for, grids of them, and which one a batch takes.
+"""Buckets: the static shapes graphs are compiled for, grids of them, which one a batch takes, and files of grids.
 
-Owns the arithmetic only. Who builds batches, and what happens when nothing fits, is the engine's business.
+Owns the arithmetic and the file format only. Who builds batches, and what happens when nothing fits, is the engine's
+business; which buckets are worth compiling is the planner's.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
-from typing import ClassVar, Generic, TypeVar
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
 
 FOLD_SLABS = 128  # slabs of one fold: one per SBUF partition
 
@@ -134,9 +140,12 @@ BucketT = TypeVar("BucketT", bound=Bucket)
 
 
 class BucketGrid(Generic[BucketT]):
-    """Buckets of one kind, smallest first."""
+    """Buckets of one kind, cheapest first: by `costs` (what a step of each takes, in any unit) or, without, by `work`.
 
-    def __init__(self, buckets: Iterable[BucketT]) -> None:
+    A bucket that holds another must not be cheaper.
+    """
+
+    def __init__(self, buckets: Iterable[BucketT], costs: Mapping[BucketT, float] | None = None) -> None:
         found = list(dict.fromkeys(buckets))
         if not found:
             raise ValueError("buckets: got none, need at least one.")
@@ -144,7 +153,11 @@ class BucketGrid(Generic[BucketT]):
         if len(kinds) > 1:
             names = ", ".join(sorted(kind.__name__ for kind in kinds))
             raise ValueError(f"buckets: got {names} together, need one kind per grid.")
-        self.buckets: tuple[BucketT, ...] = tuple(sorted(found, key=_order))
+        if costs is not None and (missing := [bucket.name for bucket in found if bucket not in costs]):
+            raise ValueError(f"costs: got none for {missing[0]}, need one for every bucket.")
+        self.costs: dict[BucketT, float] | None = None if costs is None else {b: float(costs[b]) for b in found}
+        cost = (lambda bucket: 0.0) if self.costs is None else self.costs.__getitem__
+        self.buckets: tuple[BucketT, ...] = tuple(sorted(found, key=lambda bucket: (cost(bucket), *_order(bucket))))
 
     def __iter__(self) -> Iterator[BucketT]:
         return iter(self.buckets)
@@ -153,7 +166,7 @@ class BucketGrid(Generic[BucketT]):
         return len(self.buckets)
 
     def pick(self, need: BucketT) -> BucketT | None:
-        """The smallest bucket that holds `need`; `need` itself if it is one of the grid; None if none does."""
+        """The cheapest bucket that holds `need`; `need` itself if it is one of the grid; None if none does."""
         # A bucket that holds another is never before it in the order, so an exact fit is met first.
         return next((bucket for bucket in self.buckets if bucket.holds(need)), None)
 
@@ -211,3 +224,101 @@ def prefill_table_grid(
     """Every combination that has at least a token per sequence."""
     combinations = itertools.product(num_seqs, num_tokens, max_blocks_per_seq)
     return BucketGrid(PrefillTableBucket(n, t, w) for n, t, w in combinations if t >= n)
+
+
+# ---- files of grids --------------------------------------------------------------------------------------------------
+
+FORMAT, FORMAT_VERSION = "neuron-paged-buckets", 1
+KINDS: dict[str, type[Bucket]] = {
+    kind.KIND: kind for kind in (DecodeBucket, PrefillBucket, DecodeTableBucket, PrefillTableBucket)
+}
+
+
+@dataclass(frozen=True)
+class BucketFile:
+    """Grids by kind, as a file holds them. about: JSON values that say what they were made for (model, target, …).
+
+    The file is JSON: {"format", "version", "about": {…}, "grids": {KIND: [{dimension: size, …, "cost_us": µs}, …]}};
+    cost_us, a step's modelled time, is there for all buckets of a grid or for none.
+    """
+
+    grids: Mapping[str, BucketGrid[Any]]
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def document(self) -> dict[str, Any]:
+        """The file's content, JSON-ready."""
+        grids = {
+            kind: [
+                bucket.dimensions() | ({} if grid.costs is None else {"cost_us": grid.costs[bucket]}) for bucket in grid
+            ]
+            for kind, grid in self.grids.items()
+        }
+        return {"format": FORMAT, "version": FORMAT_VERSION, "about": dict(self.about), "grids": grids}
+
+    def save(self, path: str | Path) -> None:
+        """Write the file: whole or not at all. OSError if that fails."""
+        target = Path(path)
+        text = json.dumps(self.document(), indent=2, allow_nan=False) + "\n"
+        with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
+            file.write(text)
+        try:
+            os.replace(file.name, target)
+        except OSError:
+            os.unlink(file.name)
+            raise
+
+
+def load_buckets(path: str | Path) -> BucketFile:
+    """The grids of a file that BucketFile.save wrote. OSError if it can't be read, ValueError if it is damaged."""
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); need a file of bucket grids.") from None
+    try:
+        return parse_buckets(document)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def parse_buckets(document: object) -> BucketFile:
+    """The grids of a decoded file; ValueError names the bucket and the field that is wrong."""
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ValueError(f'format: need an object with "format": "{FORMAT}".')
+    if document.get("version") != FORMAT_VERSION:
+        raise ValueError(f"version: got {document.get('version')!r}, need {FORMAT_VERSION}.")
+    about, grids = document.get("about", {}), document.get("grids")
+    if not isinstance(about, dict) or not isinstance(grids, dict) or not grids:
+        raise ValueError("about, grids: need an object each, grids with at least one kind.")
+    return BucketFile({kind: _parse_grid(kind, rows) for kind, rows in grids.items()}, about)
+
+
+def _parse_grid(kind: str, rows: object) -> BucketGrid[Any]:
+    if kind not in KINDS:
+        raise ValueError(f"grids: got kind {kind!r}, need one of {', '.join(KINDS)}.")
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"grids.{kind}: need a list of at least one bucket.")
+    costs = {}
+    for index, row in enumerate(rows):
+        where = f"grids.{kind}[{index}]"
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: got {row!r}, need an object.")
+        known = {f.name: f for f in fields(KINDS[kind])}
+        unknown = sorted(set(row) - set(known) - {"cost_us"})
+        missing = [name for name, f in known.items() if name not in row and f.default is MISSING]
+        if unknown or missing:
+            raise ValueError(f"{where}: unknown fields {unknown}, missing fields {missing}; need {', '.join(known)}.")
+        cost = row.get("cost_us")
+        if cost is not None and not (type(cost) in (int, float) and math.isfinite(cost) and cost >= 0):
+            raise ValueError(f"{where}.cost_us: got {cost!r}, need microseconds.")
+        try:
+            bucket = KINDS[kind](**{name: size for name, size in row.items() if name != "cost_us"})
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        if bucket in costs:
+            raise ValueError(f"{where}: {bucket.name} is there twice.")
+        costs[bucket] = cost
+    if len({cost is None for cost in costs.values()}) > 1:
+        raise ValueError(f"grids.{kind}: cost_us is there for some buckets only; need it for all or for none.")
+    return BucketGrid(
+        costs, None if None in costs.values() else {b: float(c) for b, c in costs.items() if c is not None}
+    )
