@@ -103,27 +103,40 @@ class LoweredGraph:
             sha.update(f"\0{name}\0{len(content)}\0".encode() + content)
         return sha.hexdigest()
 
-    def save(self, folder: Path) -> None:
-        """Write graph.hlo, manifest.json, sources.json and the artifacts into an existing folder."""
-        for name, content in self.artifacts.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(content)
-        (folder / "graph.hlo").write_bytes(self.hlo)
-        (folder / "sources.json").write_text(json.dumps({str(i): source for i, source in self.sources.items()}))
+    def files(self) -> dict[str, bytes]:
+        """The graph as files: graph.hlo, manifest.json, sources.json and the artifacts, by relative path."""
         extra: dict[str, Any] = {"artifacts": sorted(self.artifacts)}
         if self.cost is not None:
             extra["cost"] = {"trace_s": self.cost.trace_s, "peak_rss_bytes": self.cost.peak_rss_bytes}
-        (folder / "manifest.json").write_text(json.dumps({**self.manifest.to_json(), **extra}, indent=1))
+        return {
+            **self.artifacts,
+            "graph.hlo": self.hlo,
+            "sources.json": json.dumps({str(i): source for i, source in self.sources.items()}).encode(),
+            "manifest.json": json.dumps({**self.manifest.to_json(), **extra}, indent=1).encode(),
+        }
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes]) -> "LoweredGraph":
+        """The inverse of files; others are ignored."""
+        values = json.loads(files["manifest.json"])
+        graph = cls(
+            files["graph.hlo"],
+            Manifest.from_json(values),
+            {name: files[name] for name in values["artifacts"]},
+            {int(i): source for i, source in json.loads(files["sources.json"]).items()},
+        )
+        return replace(graph, cost=LoweringCost(**values["cost"])) if "cost" in values else graph
+
+    def save(self, folder: Path) -> None:
+        """Write its files into an existing folder."""
+        for name, content in self.files().items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
 
     @classmethod
     def load(cls, folder: Path) -> "LoweredGraph":
         """The inverse of save."""
-        values = json.loads((folder / "manifest.json").read_text())
-        sources = json.loads((folder / "sources.json").read_text())
-        graph = cls(
-            (folder / "graph.hlo").read_bytes(),
-            Manifest.from_json(values),
-            {name: (folder / name).read_bytes() for name in values["artifacts"]},
-            {int(i): source for i, source in sources.items()},
-        )
-        return replace(graph, cost=LoweringCost(**values["cost"])) if "cost" in values else graph
+        names = ["graph.hlo", "sources.json", "manifest.json"]
+        files = {name: (folder / name).read_bytes() for name in names}
+        artifacts = json.loads(files["manifest.json"])["artifacts"]
+        return cls.from_files(files | {name: (folder / name).read_bytes() for name in artifacts})
