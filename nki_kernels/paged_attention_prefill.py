@@ -92,10 +92,7 @@ def itemsize_of(dtype):
 def paged_attention_prefill(
     query,
     kv_cache,
-    q_rows,
-    out_rows,
-    q_range,
-    kv_rows,
+    plan,
     segments,
     row_tokens,
     softmax_scale,
@@ -107,9 +104,9 @@ def paged_attention_prefill(
 ):
     """Attention of each query token to its sequence's cached tokens, itself included.
 
-    query [T, H, D]; kv_cache [num_blocks, K, 2, B, D]; q_rows, out_rows [128, NT] int32, q_range [128, 2·NT] fp32,
-    kv_rows [128, NF] int32 of a PrefillPlan; segments, row_tokens of its bucket; sinks [H] fp32; k_scale, v_scale [K]
-    fp32, fp8 caches only. Returns [T, H, D] in the query's dtype; rows without a token are zero.
+    query [T, H, D]; kv_cache [num_blocks, K, 2, B, D]; plan [128, NF + 4·NT] int32, `PrefillPlan.table`; segments,
+    row_tokens of its bucket; sinks [H] fp32; k_scale, v_scale [K] fp32, fp8 caches only. Returns [T, H, D] in the
+    query's dtype; rows without a token are zero.
 
     Pseudocode, per KV head, section of folds, Q tile and head (a *stream*):
         scores[128, tokens] = (q @ kᵀ), masked by q_range;  m = row maximum;  p = exp(scale·(scores - m))
@@ -131,9 +128,12 @@ def paged_attention_prefill(
         nl.num_programs(0),
     )
     schedule = build_schedule(geometry, segments)
-    tiles = PrefillTiles(geometry, schedule, query, kv_cache, q_rows, kv_rows, out)
+    num_q_tiles = 0
+    for segment in segments:
+        num_q_tiles = num_q_tiles + segment[0]
+    tiles = PrefillTiles(geometry, schedule, query, kv_cache, plan, num_q_tiles, out)
     tiles.set_options(geometry, softmax_scale, logits_soft_cap, sinks, k_scale, v_scale)
-    load_inputs(tiles, geometry, q_rows, out_rows, q_range, kv_rows, sinks, k_scale, v_scale)
+    load_inputs(tiles, geometry, plan, sinks, k_scale, v_scale)
     for step in range(schedule.num_steps):
         _issue(tiles, geometry, schedule, step)
     return out.reshape((num_tokens, num_heads, head_dim))

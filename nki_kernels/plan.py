@@ -30,7 +30,8 @@ class PlanOverflowError(ValueError):
 class DecodePlan:
     """What the kernel is told about one step. All arrays are views of `table`, the kernel's argument.
 
-    table [128, W] int32: the sections rows | slab_len | slab_seq | pair_seq, one DMA for all of them.
+    table [128, W] int32: the sections rows | slab_len | slab_seq | pair_seq, one DMA for all of them. Full folds of a
+    sequence hold its slabs in order.
     rows [128, num_kv_heads·F]: cache row of each (partition, head·F + fold); dead slabs hold rows past the cache.
     slab_len, slab_seq [128, F2]: tokens from the slab's start to the end of its sequence (0 = dead slab), and the
     local sequence 0..S-1. pair_seq [128, J]: batch row of each pair, -1 = padding; the same in every partition.
@@ -41,6 +42,12 @@ class DecodePlan:
     table: np.ndarray
     q_len: int = 1
     sliding_window: int = 0
+
+    @property
+    def plan_shape(self) -> tuple[int, ...]:
+        """As integers, for an operator's argument: full_folds, mixed_folds, seqs_per_mixed_fold, slab_tokens."""
+        shape = self.shape
+        return (shape.full_folds, shape.mixed_folds, shape.seqs_per_mixed_fold, self.layout.slab_tokens)
 
     def _sections(self) -> tuple[np.ndarray, ...]:
         rows = self.layout.num_kv_heads * self.shape.num_folds

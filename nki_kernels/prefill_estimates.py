@@ -138,8 +138,8 @@ def estimate_prefill(
         heads = heads_per_kv_head * num_kv_heads
         query = np.random.default_rng(2).standard_normal((num_tokens, heads, head_dim)).astype(to_numpy(dtype))
         report = simulator.run(
-            paged_attention_prefill, query, kv_cache, plan.q_rows, plan.out_rows, plan.q_range, plan.kv_rows,
-            segments=bucket.segments, row_tokens=bucket.row_tokens, softmax_scale=head_dim**-0.5,
+            paged_attention_prefill, query, kv_cache, plan.table, segments=bucket.segments,
+            row_tokens=bucket.row_tokens, softmax_scale=head_dim**-0.5,
             sliding_window=sliding_window, target=target, grid=num_cores, **scales,
         ).report
         useful = heads * useful_prefill_flops(chunk_lens, past_lens, head_dim, sliding_window)

@@ -7,6 +7,7 @@ sequence, the last Q tile holds its newest rows. So what a Q tile cannot see is 
 the ends are decided by the arrays. Owns these arrays; numpy and the standard library only.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,23 +59,63 @@ class PrefillBucket:
     def num_folds(self) -> int:
         return sum(folds for _, folds, _ in self.segments)
 
+    @property
+    def table_shape(self) -> tuple[int, int]:
+        """Shape of `PrefillPlan.table`."""
+        return ROWS, self.num_folds + 4 * self.num_q_tiles
+
+    @property
+    def plan_shape(self) -> tuple[int, ...]:
+        """As integers, for an operator's argument: row_tokens, then num_q_tiles, num_folds, min_full_folds of each
+        segment."""
+        return (self.row_tokens, *(n for segment in self.segments for n in segment))
+
+    @classmethod
+    def from_plan_shape(cls, plan_shape: Sequence[int]) -> "PrefillBucket":
+        """The inverse of `plan_shape`. ValueError for anything else."""
+        if len(plan_shape) < 4 or len(plan_shape) % 3 != 1:
+            need = "row_tokens, then num_q_tiles, num_folds, min_full_folds of each segment"
+            raise refuse(KERNEL, "plan_shape", list(plan_shape), need, "Take PrefillBucket.plan_shape.")
+        row_tokens, *rest = plan_shape
+        return cls(tuple(zip(rest[0::3], rest[1::3], rest[2::3], strict=True)), row_tokens)
+
 
 @dataclass(frozen=True)
 class PrefillPlan:
-    """Arrays of one step, partition-major. Row r of Q tile i is the query token `q_rows[r, i]`.
+    """What the kernel is told about one step. All arrays are views of `table`, the kernel's argument.
 
-    q_rows [128, num_q_tiles] int32: row of `query`, DEAD_ROW = none. out_rows: the same for the output, where padded
-    query tokens have places too, whose result is zero; they are never read, whatever they hold.
-    q_range [128, 2·num_q_tiles] fp32: first visible token and end of the visible tokens, counted from the start of
-    the segment's first fold; equal for rows without a token. kv_rows [128, num_folds] int32: cache row of KV head 0,
+    table [128, W] int32, partition-major: the sections kv_rows | q_rows | out_rows | q_range, one DMA for all of them.
+    Row r of Q tile i is the query token `q_rows[r, i]`.
+
+    q_rows [128, num_q_tiles]: row of `query`, DEAD_ROW = none. out_rows: the same for the output, where padded query
+    tokens have places too, whose result is zero; they are never read, whatever they hold.
+    q_range [128, 2·num_q_tiles]: first visible token and end of the visible tokens, counted from the start of the
+    segment's first fold; equal for rows without a token. kv_rows [128, num_folds]: cache row of KV head 0,
     DEAD_ROW = none.
     """
 
     bucket: PrefillBucket
-    q_rows: np.ndarray
-    out_rows: np.ndarray
-    q_range: np.ndarray
-    kv_rows: np.ndarray
+    table: np.ndarray
+
+    @property
+    def kv_rows(self) -> np.ndarray:
+        return self.table[:, : self.bucket.num_folds]
+
+    @property
+    def q_rows(self) -> np.ndarray:
+        return self._tiles(0, 1)
+
+    @property
+    def out_rows(self) -> np.ndarray:
+        return self._tiles(1, 1)
+
+    @property
+    def q_range(self) -> np.ndarray:
+        return self._tiles(2, 2)
+
+    def _tiles(self, first: int, count: int) -> np.ndarray:
+        start, tiles = self.bucket.num_folds, self.bucket.num_q_tiles
+        return self.table[:, start + first * tiles : start + (first + count) * tiles]
 
 
 @dataclass(frozen=True)
@@ -188,9 +229,10 @@ def plan_prefill(
     """
     if block_size % bucket.row_tokens:
         raise refuse(KERNEL, "block_size", block_size, f"a multiple of row_tokens {bucket.row_tokens}", "Use 16.")
-    q_rows = np.full((ROWS, bucket.num_q_tiles), DEAD_ROW, np.int32)
-    q_range = np.zeros((ROWS, bucket.num_q_tiles, 2), np.float32)
-    kv_rows = np.full((ROWS, bucket.num_folds), DEAD_ROW, np.int32)
+    plan = PrefillPlan(bucket, np.full(bucket.table_shape, DEAD_ROW, np.int32))
+    q_rows, kv_rows = plan.q_rows, plan.kv_rows
+    plan.q_range[...] = 0
+    q_range = plan.q_range.reshape(ROWS, bucket.num_q_tiles, 2)
     sequences = _sequences(context_lens, cu_seqlens_q, bucket.row_tokens, sliding_window)
     placed = _assign(sequences, bucket)
     tile = fold = 0
@@ -203,7 +245,8 @@ def plan_prefill(
             _fill_folds(sequence, block_table[sequence.row], kv_rows[:, fold : fold + folds], bucket.row_tokens,
                         block_size, per_block)
         tile, fold = tile + q_tiles, fold + folds
-    return PrefillPlan(bucket, q_rows, _place_padding(q_rows, num_tokens), q_range.reshape(ROWS, -1), kv_rows)
+    plan.out_rows[...] = _place_padding(q_rows, num_tokens)
+    return plan
 
 
 def _assign(sequences: list[_Sequence], bucket: PrefillBucket) -> dict[int, _Sequence]:

@@ -286,7 +286,7 @@ def _store(tiles, geometry, visit, result):
     target = tiles.out.ap(
         [[row, ROWS], [1, run]],
         offset=visit.kv_head * run,
-        vector_offset=tiles.out_rows[:, visit.tile : visit.tile + 1],
+        vector_offset=tiles.out_rows(visit.tile),
         indirect_dim=0,
     )
     nisa.dma_copy(dst=target, src=result, oob_mode=nisa.oob_mode.skip)

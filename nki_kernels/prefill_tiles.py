@@ -15,7 +15,7 @@ MASK_STEP = 1e32  # v2: score of a masked token is at most -MASK_STEP/2; times a
 class PrefillTiles(nl.NKIObject):  # type: ignore[name-defined]
     """All tiles of a call, and its run-time options."""
 
-    def __init__(self, geometry, schedule, query, kv_cache, q_rows, kv_rows, out):
+    def __init__(self, geometry, schedule, query, kv_cache, plan, num_q_tiles, out):
         dtype = query.dtype
         self.query = query
         self.kv_cache = kv_cache
@@ -33,10 +33,10 @@ class PrefillTiles(nl.NKIObject):  # type: ignore[name-defined]
         self.num_transpose = 0
         self.num_bound = 0
 
-        self.q_rows = nl.ndarray(q_rows.shape, dtype=nl.int32, buffer=nl.sbuf)
-        self.out_rows = nl.ndarray(q_rows.shape, dtype=nl.int32, buffer=nl.sbuf)
-        self.q_range = nl.ndarray((ROWS, q_rows.shape[1], 2), dtype=nl.float32, buffer=nl.sbuf)
-        self.kv_rows = nl.ndarray(kv_rows.shape, dtype=nl.int32, buffer=nl.sbuf)
+        self.plan = nl.ndarray(plan.shape, dtype=nl.int32, buffer=nl.sbuf)
+        self.num_q_tiles = num_q_tiles
+        self.num_folds = plan.shape[1] - 4 * num_q_tiles
+        self.q_range = nl.ndarray((ROWS, num_q_tiles, 2), dtype=nl.float32, buffer=nl.sbuf)
         self.identity = nl.shared_identity_matrix(ROWS, dtype=dtype)
         self.slab = _ring(geometry.fold_ring, (ROWS, 2, geometry.row_tokens, head_dim), dtype, nl.sbuf)
         self.key = _ring(geometry.fold_ring, (geometry.d_rows, d_parts, geometry.fold_tokens), dtype, nl.sbuf)
@@ -82,12 +82,24 @@ class PrefillTiles(nl.NKIObject):  # type: ignore[name-defined]
         self.capped = []
         if logits_soft_cap > 0.0:
             self.capped = _ring(2, (ROWS, geometry.piece_tokens), nl.float32, nl.sbuf)
-        self.live = nl.ndarray((ROWS, self.q_rows.shape[1]), dtype=nl.float32, buffer=nl.sbuf)
+        self.live = nl.ndarray((ROWS, self.num_q_tiles), dtype=nl.float32, buffer=nl.sbuf)
         self.zero = nl.ndarray((ROWS, 1), dtype=nl.float32, buffer=nl.sbuf)
         if geometry.version < 3:
             self.high_ramp = nl.ndarray((ROWS, geometry.piece_tokens), dtype=nl.float32, buffer=nl.sbuf)
             self.low_ramp = nl.ndarray((ROWS, geometry.piece_tokens), dtype=nl.float32, buffer=nl.sbuf)
             self.bounds = _ring(4, (ROWS, 1), nl.float32, nl.sbuf)
+
+    def kv_rows(self, fold):
+        """Index column of a fold: cache rows of KV head 0."""
+        return self.plan[:, fold : fold + 1]
+
+    def q_rows(self, tile):
+        """Index column of a Q tile: rows of the query."""
+        return self.plan[:, nl.ds(self.num_folds + tile, 1)]
+
+    def out_rows(self, tile):
+        """Index column of a Q tile: rows of the output."""
+        return self.plan[:, nl.ds(self.num_folds + self.num_q_tiles + tile, 1)]
 
     def score_scale(self, kv_head):
         """Factor from raw scores to logits: a constant, or [128, 1] with a scaled K cache."""
@@ -110,12 +122,9 @@ def _load_vector(dst, vector):
     nisa.dma_copy(dst=dst, src=vector.ap([[0, ROWS], [1, vector.shape[0]]]))
 
 
-def load_inputs(tiles, geometry, q_rows, out_rows, q_range, kv_rows, sinks, k_scale, v_scale):
-    """Plan arrays and constants. Fold and Q tiles start as zeros: rows that a gather skips must be finite."""
-    nisa.dma_copy(dst=tiles.kv_rows, src=kv_rows)
-    nisa.dma_copy(dst=tiles.q_rows, src=q_rows)
-    nisa.dma_copy(dst=tiles.out_rows, src=out_rows)
-    nisa.dma_copy(dst=tiles.q_range, src=q_range.reshape(tiles.q_range.shape))
+def load_inputs(tiles, geometry, plan, sinks, k_scale, v_scale):
+    """The plan and constants. Fold and Q tiles start as zeros: rows that a gather skips must be finite."""
+    nisa.dma_copy(dst=tiles.plan, src=plan)
     for tile in tiles.q_gathered + tiles.slab:
         nisa.memset(dst=tile, value=0.0, engine=nisa.engine.vector)
     for tile in tiles.maxima:
@@ -136,8 +145,12 @@ def load_inputs(tiles, geometry, q_rows, out_rows, q_range, kv_rows, sinks, k_sc
 
 
 def _load_live_rows(tiles, geometry):
-    """live [128, NT]: 0 for query rows without a token; else 1 on v2, and past the end of any piece on v3+."""
+    """q_range, and live [128, NT]: 0 for query rows without a token; else 1 on v2, past the end of any piece on v3+."""
     nisa.memset(dst=tiles.zero, value=0.0)
+    ranges = tiles.plan[:, nl.ds(tiles.num_folds + 2 * tiles.num_q_tiles, 2 * tiles.num_q_tiles)]
+    nisa.tensor_copy(
+        dst=tiles.q_range, src=ranges.reshape_dim(1, (tiles.num_q_tiles, 2)), engine=nisa.engine.vector
+    )  # token numbers: exact in fp32
     nisa.tensor_tensor(
         dst=tiles.live,
         data1=tiles.q_range[:, :, 1],
@@ -175,7 +188,7 @@ def _load_ramps(tiles, geometry):
 def gather_fold(tiles, geometry, fold):
     """128 cache rows of K and V, dead ones skipped; one gather if a row is a whole block, else one each."""
     num_blocks, num_kv_heads, _, block_size, head_dim = tiles.kv_cache.shape
-    index = tiles.kv_rows[:, fold.column : fold.column + 1]
+    index = tiles.kv_rows(fold.column)
     slab = tiles.slab[fold.ring_slot]
     head_offset = fold.kv_head * 2 * block_size * head_dim
     if geometry.row_tokens == block_size:
@@ -200,7 +213,7 @@ def gather_queries(tiles, geometry, visit):
     source = table.ap(
         [[num_heads * head_dim, ROWS], [1, run]],
         offset=visit.kv_head * run,
-        vector_offset=tiles.q_rows[:, visit.tile : visit.tile + 1],
+        vector_offset=tiles.q_rows(visit.tile),
         indirect_dim=0,
     )
     nisa.dma_copy(dst=tiles.q_gathered[visit.index % geometry.q_ring], src=source, oob_mode=nisa.oob_mode.skip)

@@ -5,13 +5,15 @@ Static checks run on every call, also while tracing. The values of index tensors
 CPU always, because a wrong id must never reach memory; on other devices in debug mode only, because it synchronises.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from nki_kernels.layout import MIN_BLOCK_SIZE
+from nki_kernels.plan_shape import PlanShape, SlabLayout
+from nki_kernels.prefill_plan import PrefillBucket
 
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CACHE_DTYPES = (*ACTIVATION_DTYPES, torch.float8_e4m3fn)
@@ -101,6 +103,56 @@ def _check_scales(kv_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | No
         _check_per_head(name, scale, "num_kv_heads", kv_cache.shape[1], kv_cache.device)
 
 
+def _check_plan(
+    query: Tensor,
+    kv_cache: Tensor,
+    num_seqs: int,
+    alibi_slopes: Tensor | None,
+    decode_plan: Tensor | None,
+    prefill_plan: Tensor | None,
+    plan_shape: Sequence[int] | None,
+) -> None:
+    """One plan, whose table is as wide as plan_shape says."""
+    if decode_plan is not None and prefill_plan is not None:
+        _fail("prefill_plan", prefill_plan, "None with decode_plan: a call is one or the other")
+    if alibi_slopes is not None:
+        _fail("alibi_slopes", alibi_slopes, "None with a plan, whose slabs have no positions; pass block_table instead")
+    name, plan = ("decode_plan", decode_plan) if prefill_plan is None else ("prefill_plan", prefill_plan)
+    if plan_shape is None:
+        _fail("plan_shape", None, f"the plan_shape of {name}")
+    elif plan is None:
+        _fail("plan_shape", list(plan_shape), "None without decode_plan or prefill_plan")
+    elif decode_plan is not None:
+        shape, layout = _decode_shape(query, kv_cache, num_seqs, plan_shape)
+        _check_table(name, plan, shape.table_shape(layout.num_kv_heads), kv_cache.device)
+    else:
+        bucket = PrefillBucket.from_plan_shape(plan_shape)
+        if kv_cache.shape[3] % bucket.row_tokens:
+            _fail("plan_shape", list(plan_shape), f"row_tokens (first) a divisor of block_size {kv_cache.shape[3]}")
+        _check_table(name, plan, bucket.table_shape, kv_cache.device)
+
+
+def _decode_shape(
+    query: Tensor, kv_cache: Tensor, num_seqs: int, plan_shape: Sequence[int]
+) -> tuple[PlanShape, SlabLayout]:
+    """What a decode plan's integers say."""
+    need = "[full_folds, mixed_folds, seqs_per_mixed_fold, slab_tokens], DecodePlan.plan_shape"
+    if len(plan_shape) != 4:
+        _fail("plan_shape", list(plan_shape), need)
+    if num_seqs == 0 or query.shape[0] % num_seqs != 0:
+        _fail("query", query, f"num_tokens (axis 0) a multiple of block_table's num_seqs = {num_seqs}")
+    num_blocks, num_kv_heads, _, block_size, _ = kv_cache.shape
+    try:
+        return PlanShape(num_seqs, *plan_shape[:3]), SlabLayout(num_blocks, num_kv_heads, block_size, plan_shape[3])
+    except ValueError as error:
+        raise ValueError(f"plan_shape: got {list(plan_shape)}, need {need}. {error}") from error
+
+
+def _check_table(name: str, plan: Tensor, shape: tuple[int, int], device: torch.device) -> None:
+    if tuple(plan.shape) != shape or plan.dtype != torch.int32 or plan.device != device:
+        _fail(name, plan, f"{list(shape)} (by plan_shape) int32 on {device}")
+
+
 def check_attention(
     query: Tensor,
     kv_cache: Tensor,
@@ -114,6 +166,9 @@ def check_attention(
     alibi_slopes: Tensor | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    decode_plan: Tensor | None,
+    prefill_plan: Tensor | None,
+    plan_shape: Sequence[int] | None,
 ) -> None:
     """Raise ValueError unless shapes, dtypes, devices and numbers of `attention` fit together."""
     _check_activation("query", query, "num_heads")
@@ -132,10 +187,11 @@ def check_attention(
     _check_index("context_lens", context_lens, 1, f"[{num_seqs}] (num_seqs of block_table)", device)
     if context_lens.shape[0] != num_seqs:
         _fail("context_lens", context_lens, f"[{num_seqs}] (num_seqs of block_table) int32")
-    if cu_seqlens_q is None:
-        if query.shape[0] != num_seqs:
-            _fail("query", query, f"num_tokens (axis 0) = num_seqs = {num_seqs}; or give cu_seqlens_q")
-    else:
+    if plan_shape is not None or decode_plan is not None or prefill_plan is not None:
+        _check_plan(query, kv_cache, num_seqs, alibi_slopes, decode_plan, prefill_plan, plan_shape)
+    elif cu_seqlens_q is None and query.shape[0] != num_seqs:
+        _fail("query", query, f"num_tokens (axis 0) = num_seqs = {num_seqs}; or give cu_seqlens_q")
+    if cu_seqlens_q is not None:
         _check_index("cu_seqlens_q", cu_seqlens_q, 1, f"[{num_seqs + 1}] (num_seqs + 1)", device)
         if cu_seqlens_q.shape[0] != num_seqs + 1:
             _fail("cu_seqlens_q", cu_seqlens_q, f"[{num_seqs + 1}] (num_seqs + 1) int32")

@@ -6,11 +6,12 @@ The kernels check all index values themselves before anything is read or written
 
 import ctypes
 import struct
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from neuron_paged.ops import checks, value_checks
+from neuron_paged.ops import checks, planned, value_checks
 from neuron_paged.ops.cpu_kernels.library import kernel, workspace
 from neuron_paged.ops.cpu_kernels.openmp import num_threads, run_parallel
 from neuron_paged.ops.schema import LIB
@@ -32,6 +33,43 @@ def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+def _planned(
+    query: Tensor,
+    kv_cache: Tensor,
+    num_seqs: int,
+    sliding_window: int,
+    decode_plan: Tensor | None,
+    prefill_plan: Tensor | None,
+    plan_shape: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """block_table, context_lens and cu_seqlens_q that mean what the plan means."""
+    num_tokens = query.shape[0]
+    if decode_plan is not None:
+        tables = planned.decode_tables(
+            decode_plan.numpy(),
+            plan_shape,
+            num_seqs=num_seqs,
+            q_len=num_tokens // num_seqs,
+            kv_cache_shape=kv_cache.shape,
+            sliding_window=sliding_window,
+        )
+    else:
+        assert prefill_plan is not None
+        tables = planned.prefill_tables(
+            prefill_plan.numpy(),
+            plan_shape,
+            num_tokens=num_tokens,
+            kv_cache_shape=kv_cache.shape,
+            sliding_window=sliding_window,
+        )
+    block_table, context_lens, cu_seqlens_q = tables
+    return (
+        torch.from_numpy(block_table),
+        torch.from_numpy(context_lens),
+        None if cu_seqlens_q is None else torch.from_numpy(cu_seqlens_q),
+    )
+
+
 def _attention(
     query: Tensor,
     kv_cache: Tensor,
@@ -46,6 +84,9 @@ def _attention(
     alibi_slopes: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    decode_plan: Tensor | None = None,
+    prefill_plan: Tensor | None = None,
+    plan_shape: Sequence[int] | None = None,
 ) -> Tensor:
     checks.check_attention(
         query,
@@ -60,7 +101,14 @@ def _attention(
         alibi_slopes,
         k_scale,
         v_scale,
+        decode_plan,
+        prefill_plan,
+        plan_shape,
     )
+    if plan_shape is not None:
+        block_table, context_lens, cu_seqlens_q = _planned(
+            query, kv_cache, block_table.shape[0], sliding_window, decode_plan, prefill_plan, plan_shape
+        )
     if checks.debug_checks_enabled():
         value_checks.check_attention_values(
             query, kv_cache, block_table, context_lens, cu_seqlens_q, sliding_window, strict=True

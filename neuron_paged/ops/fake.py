@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fake (meta) implementations: the same static checks, and outputs of the right shape without data."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,9 @@ def _attention(
     alibi_slopes: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    decode_plan: Tensor | None = None,
+    prefill_plan: Tensor | None = None,
+    plan_shape: Sequence[int] | None = None,
 ) -> Tensor:
     checks.check_attention(
         query,
@@ -36,6 +41,9 @@ def _attention(
         alibi_slopes,
         k_scale,
         v_scale,
+        decode_plan,
+        prefill_plan,
+        plan_shape,
     )
     return query.new_empty(query.shape)
 

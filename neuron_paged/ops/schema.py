@@ -13,10 +13,17 @@ _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 # query [T, H, D] · block_table [N, max_blocks_per_seq] i32 · context_lens [N] i32 · cu_seqlens_q [N+1] i32, None: T = N
 # sinks, alibi_slopes [H] fp32 · k_scale, v_scale [K] fp32 (fp8 caches) → like query
+# Planned form: one of decode_plan, prefill_plan [128, W] i32 (`table` of nki_kernels' DecodePlan, PrefillPlan) with its
+# plan_shape. The plan alone then says who sees what; block_table [N, any], context_lens and cu_seqlens_q are not read.
+#   decode_plan: T = N·q_len · plan_shape = (full_folds, mixed_folds, seqs_per_mixed_fold, slab_tokens)
+#   prefill_plan: plan_shape = (row_tokens, then num_q_tiles, num_folds, min_full_folds of each segment)
+# softmax_scale, sliding_window (the one the plan was made with), logits_soft_cap, sinks, k_scale, v_scale as without a
+# plan; alibi_slopes are refused.
 LIB.define(
     "attention(Tensor query, Tensor kv_cache, Tensor block_table, Tensor context_lens, Tensor? cu_seqlens_q=None, *, "
     "float? softmax_scale=None, int sliding_window=0, float logits_soft_cap=0., Tensor? sinks=None, "
-    "Tensor? alibi_slopes=None, Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor",
+    "Tensor? alibi_slopes=None, Tensor? k_scale=None, Tensor? v_scale=None, Tensor? decode_plan=None, "
+    "Tensor? prefill_plan=None, int[]? plan_shape=None) -> Tensor",
     tags=_TAGS,
 )
 

@@ -7,14 +7,14 @@ default), it has to be imported before this module, which then registers what it
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from compile.kernel_calls import active_kernel_compiler, emit_kernel, tensor_spec
+from compile.kernel_calls import Attribute, active_kernel_compiler, emit_kernel, tensor_spec
 from neuron_paged.env import xla_functionalizes
-from neuron_paged.ops import checks, plain
+from neuron_paged.ops import checks, plain, plain_planned
 from neuron_paged.ops.schema import LIB
 
 
@@ -36,6 +36,9 @@ def _attention(
     alibi_slopes: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    decode_plan: Tensor | None = None,
+    prefill_plan: Tensor | None = None,
+    plan_shape: Sequence[int] | None = None,
 ) -> Tensor:
     checks.check_attention(
         query,
@@ -50,17 +53,36 @@ def _attention(
         alibi_slopes,
         k_scale,
         v_scale,
+        decode_plan,
+        prefill_plan,
+        plan_shape,
     )
     optional = _present(
         cu_seqlens_q=cu_seqlens_q, sinks=sinks, alibi_slopes=alibi_slopes, k_scale=k_scale, v_scale=v_scale
     )
     scale = query.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
     settings = {"softmax_scale": scale, "sliding_window": sliding_window, "logits_soft_cap": logits_soft_cap}
+    if plan_shape is not None:
+        operands = {"query": query, "kv_cache": kv_cache} | _present(
+            decode_plan=decode_plan, prefill_plan=prefill_plan, sinks=sinks, k_scale=k_scale, v_scale=v_scale
+        )
+        return _planned_attention(operands, plan_shape, block_table.shape[0], settings)
     compiler = active_kernel_compiler()
     if compiler is None:
         return plain.attention(query, kv_cache, block_table, context_lens, **optional, **settings)  # type: ignore[arg-type]
     operands = {"query": query, "kv_cache": kv_cache, "block_table": block_table, "context_lens": context_lens}
     return emit_kernel(compiler, "attention", {**operands, **optional}, [tensor_spec("output", query)], settings)[0]
+
+
+def _planned_attention(
+    operands: dict[str, Tensor], plan_shape: Sequence[int], num_seqs: int, settings: dict[str, float]
+) -> Tensor:
+    """With a plan the tables are no operands: the graph does not depend on them."""
+    compiler = active_kernel_compiler()
+    if compiler is None:
+        return plain_planned.planned_attention(**operands, plan_shape=plan_shape, num_seqs=num_seqs, **settings)  # type: ignore[arg-type]
+    attributes: dict[str, Attribute] = {"plan_shape": ",".join(map(str, plan_shape)), "num_seqs": num_seqs, **settings}
+    return emit_kernel(compiler, "attention", operands, [tensor_spec("output", operands["query"])], attributes)[0]
 
 
 def _rotary_embedding(
@@ -104,9 +126,9 @@ def _new_copy_blocks(kv_cache: Tensor, block_mapping: Tensor) -> Tensor:
     if compiler is None:
         return plain.swap_blocks(kv_cache, kv_cache, block_mapping)
     operands = {"kv_cache": kv_cache, "block_mapping": block_mapping}
-    return emit_kernel(
-        compiler, "copy_blocks", operands, [tensor_spec("kv_cache_out", kv_cache)], {}, {0: "kv_cache"}
-    )[0]
+    return emit_kernel(compiler, "copy_blocks", operands, [tensor_spec("kv_cache_out", kv_cache)], {}, {0: "kv_cache"})[
+        0
+    ]
 
 
 def _new_swap_blocks(src: Tensor, dst: Tensor, block_mapping: Tensor) -> Tensor:
