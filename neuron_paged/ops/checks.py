@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nki_kernels.layout import MIN_BLOCK_SIZE
-from nki_kernels.plan_shape import PlanShape, SlabLayout
+from nki_kernels.plan_shape import PlanShape
 from nki_kernels.prefill_plan import PrefillBucket
 
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -123,28 +123,35 @@ def _check_plan(
     elif plan is None:
         _fail("plan_shape", list(plan_shape), "None without decode_plan or prefill_plan")
     elif decode_plan is not None:
-        shape, layout = _decode_shape(query, kv_cache, num_seqs, plan_shape)
-        _check_table(name, plan, shape.table_shape(layout.num_kv_heads), kv_cache.device)
+        _check_table(name, plan, _decode_table_shape(query, kv_cache, num_seqs, plan_shape), kv_cache.device)
     else:
-        bucket = PrefillBucket.from_plan_shape(plan_shape)
-        if kv_cache.shape[3] % bucket.row_tokens:
+        bucket = _prefill_bucket(plan_shape)
+        if kv_cache.shape[3] % bucket.row_tokens != 0:
             _fail("plan_shape", list(plan_shape), f"row_tokens (first) a divisor of block_size {kv_cache.shape[3]}")
         _check_table(name, plan, bucket.table_shape, kv_cache.device)
 
 
-def _decode_shape(
-    query: Tensor, kv_cache: Tensor, num_seqs: int, plan_shape: Sequence[int]
-) -> tuple[PlanShape, SlabLayout]:
-    """What a decode plan's integers say."""
+def _decode_table_shape(query: Tensor, kv_cache: Tensor, num_seqs: int, plan_shape: Sequence[int]) -> tuple[int, int]:
+    """Shape of the table that a decode plan's integers describe. Sizes of tensors may be symbols."""
     need = "[full_folds, mixed_folds, seqs_per_mixed_fold, slab_tokens], DecodePlan.plan_shape"
     if len(plan_shape) != 4:
         _fail("plan_shape", list(plan_shape), need)
     if num_seqs == 0 or query.shape[0] % num_seqs != 0:
         _fail("query", query, f"num_tokens (axis 0) a multiple of block_table's num_seqs = {num_seqs}")
-    num_blocks, num_kv_heads, _, block_size, _ = kv_cache.shape
+    if plan_shape[3] < 1 or kv_cache.shape[3] % plan_shape[3] != 0:
+        _fail("plan_shape", list(plan_shape), f"slab_tokens (last) a divisor of block_size {kv_cache.shape[3]}")
     try:
-        return PlanShape(num_seqs, *plan_shape[:3]), SlabLayout(num_blocks, num_kv_heads, block_size, plan_shape[3])
+        return PlanShape(1, *plan_shape[:3]).table_shape(kv_cache.shape[1])
     except ValueError as error:
+        raise ValueError(f"plan_shape: got {list(plan_shape)}, need {need}. {error}") from error
+
+
+def _prefill_bucket(plan_shape: Sequence[int]) -> PrefillBucket:
+    """What a prefill plan's integers say."""
+    try:
+        return PrefillBucket.from_plan_shape(plan_shape)
+    except ValueError as error:
+        need = "[row_tokens, then num_q_tiles, num_folds, min_full_folds of each segment], PrefillBucket.plan_shape"
         raise ValueError(f"plan_shape: got {list(plan_shape)}, need {need}. {error}") from error
 
 

@@ -79,10 +79,11 @@ class _Attend:
         heads = self.kv_cache.shape[1]
         return query.float().reshape(num_tokens, heads, num_heads // heads, head_dim)
 
-    def sink(self) -> Tensor:
-        """[K, G, 1] fp32 logits without a value; the lowest number without sinks."""
+    def sink(self, *tail: int) -> Tensor:
+        """[K, G, *tail] fp32 logits without a value. tail: axes of size 1."""
         assert self.sinks is not None
-        return self.sinks.reshape(self.kv_cache.shape[1], -1, 1)
+        num_kv_heads = self.kv_cache.shape[1]
+        return self.sinks.reshape(num_kv_heads, self.sinks.shape[0] // num_kv_heads, *tail)
 
 
 def _decode(
@@ -124,11 +125,11 @@ def _decode(
     mine = (pairs[None] == row[:, None])[:, :, None, None, None]  # [N, J, 1, 1, 1]
     largest = torch.where(mine, top[None], _LOWEST).amax(1)  # [N, M, K, G]
     if attend.sinks is not None:
-        largest = torch.maximum(largest, attend.sink()[..., 0])
+        largest = torch.maximum(largest, attend.sink())
     weight = torch.where(mine, torch.exp(top[None] - largest[:, None]), 0.0)  # [N, J, M, K, G]
     divisor = (weight * total[None]).sum(1)
     if attend.sinks is not None:
-        divisor = divisor + torch.exp(attend.sink()[..., 0] - largest)
+        divisor = divisor + torch.exp(attend.sink() - largest)
     mixed_out = torch.einsum("njmkg,jmkgd->nmkgd", weight, out)
     return (mixed_out / torch.where(divisor > 0, divisor, 1.0)[..., None]).reshape(query.shape).to(query.dtype)
 
@@ -176,11 +177,11 @@ def _prefill(attend: _Attend, query: Tensor, plan: Tensor, plan_shape: Sequence[
         logits = attend.logits(torch.einsum("rkgd,kcd->rkgc", asked, key), visible[:, None, None])
         top = logits.amax(-1, keepdim=True)
         if attend.sinks is not None:
-            top = torch.maximum(top, attend.sink())
+            top = torch.maximum(top, attend.sink(1))
         weights = torch.where(visible[:, None, None], torch.exp(logits - top), 0.0)
         total = weights.sum(-1, keepdim=True)
         if attend.sinks is not None:
-            total = total + torch.exp(attend.sink() - top)
+            total = total + torch.exp(attend.sink(1) - top)
         result = torch.einsum("rkgc,kcd->rkgd", weights, value) / torch.where(total > 0, total, 1.0)
         output = output.index_put((torch.where(token >= 0, token, num_tokens),), result)
     return output[:num_tokens].reshape(query.shape).to(query.dtype)

@@ -63,6 +63,28 @@ STATIC = [
 ]
 
 
+DECODE_TABLE = torch.zeros(128, 3 * 3 + 2 * 2 + 1 + 2 * 2, dtype=torch.int32)
+PLANNED = {"query": torch.randn(4, 9, 64), "cu_seqlens_q": None, "decode_plan": DECODE_TABLE,
+           "plan_shape": [1, 2, 2, 16]}  # fmt: skip
+PREFILL_TABLE = torch.zeros(128, 3 + 4 * 2, dtype=torch.int32)
+STATIC += [
+    (PLANNED | {"plan_shape": None}, "plan_shape"),
+    (PLANNED | {"decode_plan": None}, "plan_shape"),
+    (PLANNED | {"plan_shape": [1, 2, 2]}, "plan_shape"),
+    (PLANNED | {"plan_shape": [1, 2, 0, 16]}, "plan_shape"),
+    (PLANNED | {"plan_shape": [1, 2, 2, 12]}, "plan_shape"),
+    (PLANNED | {"plan_shape": [1, 3, 2, 16]}, "decode_plan"),
+    (PLANNED | {"decode_plan": DECODE_TABLE.long()}, "decode_plan"),
+    (PLANNED | {"query": torch.randn(5, 9, 64)}, "query"),
+    (PLANNED | {"alibi_slopes": torch.rand(9)}, "alibi_slopes"),
+    (PLANNED | {"prefill_plan": PREFILL_TABLE}, "prefill_plan"),
+    ({"prefill_plan": PREFILL_TABLE, "plan_shape": [16, 1, 1, 0, 1, 3, 0]}, "prefill_plan"),
+    ({"prefill_plan": PREFILL_TABLE, "plan_shape": [16, 1, 1, 0, 1]}, "plan_shape"),
+    ({"prefill_plan": PREFILL_TABLE, "plan_shape": [16, 1, 0, 0]}, "plan_shape"),
+    ({"prefill_plan": PREFILL_TABLE, "plan_shape": [5, 1, 1, 0]}, "plan_shape"),
+]
+
+
 @pytest.mark.parametrize("changes, name", STATIC)
 def test_attention_static_checks(changes, name):
     """The same message while tracing: the fake implementation makes the same checks."""
@@ -190,11 +212,14 @@ def test_debug_checks_find_what_is_in_range_but_wrong():
     assert not debug_checks_enabled()
 
 
+PLAN = {"decode_plan", "prefill_plan", "plan_shape"}
+
+
 @pytest.mark.parametrize(
     "reference, op, absent",
     [
-        (paged_attention_prefill_ref.paged_attention_prefill_ref, "attention", set()),
-        (paged_attention_decode_ref.paged_attention_decode_ref, "attention", {"cu_seqlens_q"}),
+        (paged_attention_prefill_ref.paged_attention_prefill_ref, "attention", PLAN),
+        (paged_attention_decode_ref.paged_attention_decode_ref, "attention", {"cu_seqlens_q", *PLAN}),
         (cache_ops_ref.reshape_and_cache_ref, "reshape_and_cache", set()),
         (cache_ops_ref.copy_blocks_ref, "copy_blocks", set()),
         (cache_ops_ref.swap_blocks_ref, "swap_blocks", set()),
@@ -206,4 +231,4 @@ def test_references_have_the_operators_parameters(reference, op, absent):
     parameters = inspect.signature(reference).parameters
     assert list(parameters) == [a.name for a in schema.arguments if a.name not in absent]
     keyword_only = {name for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
-    assert keyword_only == {a.name for a in schema.arguments if a.kwarg_only}
+    assert keyword_only == {a.name for a in schema.arguments if a.kwarg_only} - absent

@@ -8,6 +8,9 @@ import torch
 from torch import nn
 
 import neuron_paged.ops  # noqa: F401
+from nki_kernels.plan import plan_decode
+from nki_kernels.plan_shape import PlanShape, SlabLayout
+from nki_kernels.prefill_plan import choose_bucket, plan_prefill
 
 OPS = torch.ops.neuron_paged
 FP8 = torch.float8_e4m3fn
@@ -20,6 +23,23 @@ def ints(*values):
     return torch.tensor(values, dtype=torch.int32)
 
 
+def decode_plan(table, lens, layout, **options):
+    """Keyword arguments of a planned decode call."""
+    plan = plan_decode(table.numpy(), lens.numpy(), layout, PlanShape(len(lens), 0, 1, 2), **options)
+    return {"decode_plan": torch.from_numpy(plan.table), "plan_shape": list(plan.plan_shape)}
+
+
+def prefill_plan(table, lens, cu_seqlens_q, num_kv_heads, block_size):
+    """Keyword arguments of a planned prefill call."""
+    num_tokens = int(cu_seqlens_q[-1])
+    bucket = choose_bucket(lens.numpy(), cu_seqlens_q.numpy(), num_tokens)
+    plan = plan_prefill(
+        table.numpy(), lens.numpy(), cu_seqlens_q.numpy(), num_tokens=num_tokens, num_kv_heads=num_kv_heads,
+        block_size=block_size, bucket=bucket,
+    )  # fmt: skip
+    return {"prefill_plan": torch.from_numpy(plan.table), "plan_shape": list(bucket.plan_shape)}
+
+
 def sample_calls():
     query, key, cache = torch.randn(5, 9, 64), torch.randn(5, 3, 64), torch.randn(8, 3, 2, 16, 64)
     table, slots = ints([1, 2, 3], [4, 5, 6]), ints(16, 17, 0, 80, 81)
@@ -27,7 +47,14 @@ def sample_calls():
     scales = {"k_scale": torch.tensor([0.5, 1.0, 2.0]), "v_scale": torch.tensor([1.0, 0.1, 3.0])}
     extras = {"sliding_window": 9, "logits_soft_cap": 5.0, "sinks": torch.randn(9), "alibi_slopes": torch.rand(9)}
     packed = ints(0, 2, 5)
+    nothing = (torch.zeros(2, 1, dtype=torch.int32), torch.zeros(2, dtype=torch.int32))
     return {
+        "decode_plan": (
+            "attention",
+            (query[:4], cache, *nothing),
+            decode_plan(table, ints(40, 0), SlabLayout(8, 3, 16, 16), q_len=2) | {"sinks": torch.randn(9)},
+        ),
+        "prefill_plan": ("attention", (query, cache, *nothing), prefill_plan(table, ints(40, 30), packed, 3, 16)),
         "decode": ("attention", (query[:2], cache, table, ints(40, 0)), {}),
         "packed": ("attention", (query, cache, table, ints(40, 30), packed), extras),
         "bf16": (
@@ -54,7 +81,7 @@ def test_opcheck(name):
     assert set(results.values()) == {"SUCCESS"}, results
 
 
-@pytest.mark.parametrize("name", ["decode", "packed", "bf16", "rotary"])
+@pytest.mark.parametrize("name", ["decode", "packed", "bf16", "rotary", "decode_plan", "prefill_plan"])
 def test_backward_through_an_operator_raises(name):
     op, args, kwargs = sample_calls()[name]
     function = getattr(OPS, op)
@@ -153,6 +180,40 @@ def test_exported_layer_equals_eager_and_mutates_the_cache(functionalize):
             got = program.module()(*inputs)
         assert torch.allclose(got, expected, atol=1e-6)
         assert torch.allclose(inputs[2], expected_cache, atol=1e-6)
+
+
+class PlannedLayer(nn.Module):
+    """Attention with a plan made outside the graph."""
+
+    def __init__(self, plan_shape):
+        super().__init__()
+        self.plan_shape = plan_shape
+
+    def forward(self, query, cache, plan, table, lens):
+        out = OPS.attention(query * 2, cache, table, lens, decode_plan=plan, plan_shape=self.plan_shape)
+        return out + 1
+
+
+@pytest.mark.parametrize("way", ["eager", "fullgraph", "export"])
+def test_planned_attention_in_a_graph_equals_the_block_table_form(way):
+    """One graph serves every plan of its shape."""
+    torch._dynamo.reset()
+    generator = torch.Generator().manual_seed(0)
+    cache = torch.randn(8, 3, 2, 16, 64, generator=generator)
+    query = torch.randn(2, 9, 64, generator=generator)
+    table, nothing = ints([1, 2, 3], [4, 5, 6]), (torch.zeros(2, 1, dtype=torch.int32), ints(0, 0))
+    layer = PlannedLayer([0, 1, 2, 16])
+    run = layer
+    for lens in (ints(40, 30), ints(48, 1)):
+        plan = decode_plan(table, lens, SlabLayout(8, 3, 16, 16))["decode_plan"]
+        inputs = (query, cache, plan, *nothing)
+        if way == "fullgraph" and run is layer:
+            run = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        if way == "export" and run is layer:
+            run = torch.export.export(layer, inputs).module()
+        with torch.no_grad():
+            got = run(*inputs)
+        assert torch.allclose(got, OPS.attention(query * 2, cache, table, lens) + 1, atol=1e-5)
 
 
 def test_meta_tensors_give_shapes_only():

@@ -32,7 +32,9 @@ TARGETS = ("trn1", "trn2", "trn3")
 class Planned:
     """A case with its plan for `target`; decode if all sequences bring as many query tokens, else prefill."""
 
-    def __init__(self, shape: Shape, target: str, *, prefill: bool = False, padded: bool = False, **options: Any) -> None:
+    def __init__(
+        self, shape: Shape, target: str, *, prefill: bool = False, padded: bool = False, **options: Any
+    ) -> None:
         self.case = case = make_case(shape, **options)
         self.target, self.prefill = target, prefill
         _, num_kv_heads, _, block_size, head_dim = case.kv_cache.shape
@@ -180,12 +182,12 @@ def test_prefill(name, padded):
     Planned(shape, target, prefill=True, padded=padded, **chosen_options).check()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
-    lens=st.lists(st.one_of(st.just(0), st.integers(4, 80), st.integers(4, 16 * 140)), min_size=1, max_size=6),
+    lens=st.lists(st.one_of(st.just(0), st.integers(4, 80), st.integers(4, 8 * 140)), min_size=1, max_size=4),
     q_len=st.sampled_from([1, 1, 2, 4]),
     window=st.sampled_from([0, 0, 1, 40, 700]),
-    geometry=st.sampled_from([(64, 16, "trn2"), (128, 64, "trn1"), (128, 32, "trn1"), (32, 16, "trn3")]),
+    geometry=st.sampled_from([(64, 16, "trn2"), (128, 64, "trn1"), (32, 8, "trn3")]),
     padded=st.booleans(),
     seed=st.integers(0, 1000),
 )
@@ -196,9 +198,9 @@ def test_any_decode_plan_without_the_simulator(lens, q_len, window, geometry, pa
     Planned(shape, target, padded=padded, sliding_window=window).check(simulate=False)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
-    rows=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 200)), min_size=1, max_size=5),
+    rows=st.lists(st.tuples(st.integers(0, 300), st.integers(0, 150)), min_size=1, max_size=4),
     window=st.sampled_from([0, 0, 1, 40]),
     block_size=st.sampled_from([16, 32]),
     padding=st.integers(0, 3),

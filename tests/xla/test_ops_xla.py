@@ -5,12 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch_xla
 
 import neuron_paged.ops  # noqa: F401
 from neuron_paged.env import xla_functionalizes
+from nki_kernels.plan import plan_decode
+from nki_kernels.plan_shape import PlanShape, SlabLayout
+from nki_kernels.prefill_plan import PrefillBucket, choose_bucket, plan_prefill
 
 OPS = torch.ops.neuron_paged
 
@@ -28,8 +32,19 @@ def calls():
 
     query, key, cache = randn(5, 6, 16), randn(5, 3, 16), randn(8, 3, 2, 8, 16)
     table = ints([1, 2, 3], [4, 5, 6])
+    lens, cu = np.array([20, 11], np.int32), np.array([0, 2, 5], np.int32)
+    decode = plan_decode(table.numpy(), lens, SlabLayout(8, 3, 8, 8), PlanShape(2, 0, 2, 2), q_len=2, sliding_window=9)
+    bucket = choose_bucket(lens, cu, 5, max_row_tokens=8)
+    bucket = PrefillBucket(bucket.segments, 8)
+    prefill = plan_prefill(table.numpy(), lens, cu, num_tokens=5, num_kv_heads=3, block_size=8, bucket=bucket)
+    decode = {"decode_plan": torch.from_numpy(decode.table), "plan_shape": decode.plan_shape}
+    prefill = {"prefill_plan": torch.from_numpy(prefill.table), "plan_shape": bucket.plan_shape}
+    nothing = (ints([-1], [-1]), ints(-1, -1))
+    options = {"sliding_window": 9, "logits_soft_cap": 5.0, "sinks": randn(6)}
     extras = {"sliding_window": 9, "logits_soft_cap": 5.0, "sinks": randn(6), "alibi_slopes": torch.rand(6)}
     return {
+        "decode_plan": ("attention", (query[:4], cache, *nothing), options | decode, None),
+        "prefill_plan": ("attention", (query, cache, *nothing), {**options, "sliding_window": 0} | prefill, None),
         "decode": ("attention", (query[:2], cache, table, ints(20, 0)), {}, None),
         "packed": ("attention", (query, cache, table, ints(20, 11), ints(0, 2, 5)), extras, None),
         "rotary": ("rotary_embedding", (ints(0, 1, 2, 7, 9), query, key, randn(10, 16)), {"interleaved": True}, None),
