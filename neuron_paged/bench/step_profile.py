@@ -13,29 +13,43 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from neuron_paged.engine.batch import Batch
 from neuron_paged.engine.executor import Executor, StepResult
 from neuron_paged.models import step as step_module
+from neuron_paged.models.cpu_decoder import CpuDecoderStack
+from neuron_paged.models.cpu_decoder_calls import Kind
 from neuron_paged.models.llama import LlamaModel
-from neuron_paged.models.prepare_cpu import CpuRMSNorm, CpuSiluAndMul, PackedLinear
+from neuron_paged.models.prepare_cpu import CpuRMSNorm, PackedLinear
 
-HEAD, SAMPLING, LINEAR, ROWS = "output head", "sampling", "linear layers", "norms and activations"
+HEAD, SAMPLING, LINEAR, NORMS = "output head", "sampling", "linear layers", "norms"
+ATTENTION, CACHE_WRITE, ROTARY, LAYERS = "attention", "KV cache write", "rotary embedding", "decoder layers"
 OTHER_OPS, OUTSIDE_OPS = "copies and other operators", "Python and dispatch in the step"
+_KINDS = {
+    Kind.LINEAR: LINEAR,
+    Kind.ATTENTION: ATTENTION,
+    Kind.NORM: NORMS,
+    Kind.ROTARY: ROTARY,
+    Kind.CACHE_WRITE: CACHE_WRITE,
+}
 _OPS = {
-    "neuron_paged::attention": "attention",
-    "neuron_paged::reshape_and_cache": "KV cache write",
-    "neuron_paged::rotary_embedding": "rotary embedding",
+    "neuron_paged::attention": ATTENTION,
+    "neuron_paged::reshape_and_cache": CACHE_WRITE,
+    "neuron_paged::rotary_embedding": ROTARY,
     "aten::linear": LINEAR,
     "aten::addmm": LINEAR,
     "aten::mm": LINEAR,
     "aten::matmul": LINEAR,
     LINEAR: LINEAR,
-    ROWS: ROWS,
+    NORMS: NORMS,
 }
 
 
 @dataclass
 class ProfilingExecutor:
-    """Profiles every `every`-th step of the executor inside; seconds: per category, over the profiled steps."""
+    """Profiles every `every`-th step of the executor inside; seconds: per category, over the profiled steps.
+
+    layers: of the executor's model; a program of kernels counts by itself what its kernels take.
+    """
 
     inner: Executor
+    layers: Any
     every: int
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     num_steps: int = 0
@@ -47,11 +61,17 @@ class ProfilingExecutor:
         if self.num_steps % self.every != 1 and self.every > 1:
             return self.inner.execute(batch)
         self.num_profiled += 1
+        program = self.layers.program if isinstance(self.layers, CpuDecoderStack) else None
+        cycles, in_program = (program.cycles.copy(), program.seconds) if program else (None, 0.0)
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             start = time.perf_counter()
             result = self.inner.execute(batch)
             wall = time.perf_counter() - start
         in_ops = 0.0
+        if program:
+            in_ops = program.seconds - in_program
+            for name, seconds in _by_kind(program.cycles - cycles, in_ops).items():
+                self.seconds[name] += seconds
         for event in profiler.events() or ():
             if event.name in (HEAD, SAMPLING) or event.name.startswith("[memory]"):  # their operators count
                 continue
@@ -65,6 +85,14 @@ class ProfilingExecutor:
         """Share of the profiled steps' time per category, largest first; sums to 1."""
         total = sum(self.seconds.values())
         return {name: value / total for name, value in sorted(self.seconds.items(), key=lambda item: -item[1])}
+
+
+def _by_kind(cycles: Any, seconds: float) -> dict[str, float]:
+    """A program's seconds per kind of kernel; as one if the processor does not let programs count cycles."""
+    total = int(cycles.sum())
+    if total == 0:
+        return {LAYERS: seconds}
+    return {_KINDS[kind]: seconds * int(cycles[kind]) / total for kind in Kind}
 
 
 def _category(event: Any) -> str:
@@ -87,7 +115,7 @@ def named_ranges(model: LlamaModel) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_in_range(model, "compute_logits", HEAD))
         stack.enter_context(_in_range(step_module, "sample", SAMPLING))
-        for layer, name in ((PackedLinear, LINEAR), (CpuRMSNorm, ROWS), (CpuSiluAndMul, ROWS)):
+        for layer, name in ((PackedLinear, LINEAR), (CpuRMSNorm, NORMS)):
             stack.enter_context(_in_range(layer, "forward", name))
         yield
 

@@ -140,7 +140,7 @@ def _profile(llm: LLM, workload: Workload) -> dict[str, Any]:
     """Shares of time inside the step, from a pass of its own."""
     runner = _runner(llm)
     expected_steps = max(request.max_tokens for request in workload.requests)
-    profiler = ProfilingExecutor(runner, every=max(1, expected_steps // _PROFILED_STEPS))
+    profiler = ProfilingExecutor(runner, runner.model.layers, every=max(1, expected_steps // _PROFILED_STEPS))
     llm.engine.executor = profiler
     try:
         with named_ranges(runner.model):

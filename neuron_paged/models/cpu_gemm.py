@@ -18,6 +18,7 @@ On an AVX2 machine (Zen 3, noisy), body only: 30 → 24 → 15 at 1 token, 101 �
 # (numba passes an intrinsic's first argument, the typing context, itself)
 
 import struct
+from enum import IntEnum
 from functools import cache as cached
 from typing import Any
 
@@ -45,17 +46,42 @@ _UNROLL = 4
 _K_CHUNK = 256
 _ROWS_PER_ITEM = 96  # many rows are shared out in pieces, so that few panels still feed all threads
 _MIN_PARALLEL_PRODUCTS = 1 << 17  # below, a second thread costs more than it brings
+SUMS_BYTES = 4 * PANEL * (_ROWS_PER_ITEM + 1)  # of one thread's scratch: a panel's sums of one piece of the rows
 
-# Places in the argument block; addresses and strides in bytes.
+
+class GemmArg(IntEnum):
+    """Places in the argument block; addresses and strides in bytes."""
+
+    NEXT_WORKER = 0  # atomic counters, zero at the start
+    NEXT_ITEM = 1
+    NUM_PANELS = 2
+    ROWS = 3
+    INPUTS = 4
+    X = 5
+    X_STRIDE = 6
+    WEIGHT = 7
+    START = 8
+    START_STRIDE = 9
+    OUT = 10
+    OUT_STRIDE = 11
+    ROW_PIECES = 12
+    SCRATCH = 13  # SUMS_BYTES per thread
+    GATED = 14  # 1: panels hold gate and up, the result is silu(gate)·up of half the width
+    BIAS = 15  # a row to be added to what START holds, or 0
+
+
 (
-    _NEXT_ITEM, _NUM_PANELS, _ROWS, _INPUTS, _X, _X_STRIDE, _WEIGHT, _START, _START_STRIDE, _OUT, _OUT_STRIDE,
-    _ROW_PIECES,
-) = range(12)  # fmt: skip
-_PACK = struct.Struct("12q").pack_into
+    _NEXT_WORKER, _NEXT_ITEM, _NUM_PANELS, _ROWS, _INPUTS, _X, _X_STRIDE, _WEIGHT, _START, _START_STRIDE, _OUT,
+    _OUT_STRIDE, _ROW_PIECES, _SCRATCH, _GATED, _BIAS,
+) = map(int, GemmArg)  # fmt: skip
+_PACK = struct.Struct("16q").pack_into
 
 
 def _emit_block(rows: int, code: int) -> Any:
-    """out[rows, PANEL] = start[rows, PANEL] + x[rows, inputs] @ weight[inputs, PANEL]."""
+    """out[rows, PANEL] = start[rows, PANEL] + x[rows, inputs] @ weight[inputs, PANEL].
+
+    Meanwhile memory at ahead, ahead + ahead_step, … is fetched into the cache, up to ahead + inputs · ahead_step.
+    """
 
     def body(
         b: ir.IRBuilder,
@@ -67,6 +93,8 @@ def _emit_block(rows: int, code: int) -> Any:
         start_stride: ir.Value,
         out: ir.Value,
         out_stride: ir.Value,
+        ahead: ir.Value,
+        ahead_step: ir.Value,
     ) -> None:
         panel = v.vec(LANES)
         sums = [[b.alloca(panel) for _ in range(_VECTORS)] for _ in range(rows)]
@@ -90,6 +118,8 @@ def _emit_block(rows: int, code: int) -> Any:
             for vector in range(_VECTORS):
                 b.store(v.constant(0.0, LANES), sums[row][vector])
         with v.counted_loop(b, I64(0), inputs, _UNROLL) as index:
+            for offset in range(0, _UNROLL, 2):
+                v.prefetch(b, b.add(ahead, b.mul(b.add(index, I64(offset)), ahead_step)))
             for offset in range(_UNROLL):
                 step(b.add(index, I64(offset)))
         with v.counted_loop(b, b.mul(b.sdiv(inputs, I64(_UNROLL)), I64(_UNROLL)), inputs, 1) as index:
@@ -105,20 +135,107 @@ def _emit_block(rows: int, code: int) -> Any:
 @intrinsic(prefer_literal=True)
 def _block(
     typingctx: Any, code: Any, rows: Any, x: Any, x_stride: Any, weight: Any, inputs: Any, start: Any,
-    start_stride: Any, out: Any, out_stride: Any,
+    start_stride: Any, out: Any, out_stride: Any, ahead: Any, ahead_step: Any,
 ) -> Any:  # fmt: skip
     """See _emit_block; code is a literal, so that a kernel holds the blocks of one weight type only."""
     weight_code = code.literal_value
 
     def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: tuple[ir.Value, ...]) -> ir.Value:
         functions = {
-            count: v.define(b.module, f"paged_gemm_{weight_code}_{count}", [I64] * 8, _emit_block(count, weight_code))
+            count: v.define(b.module, f"paged_gemm_{weight_code}_{count}", [I64] * 10, _emit_block(count, weight_code))
             for count in range(1, BLOCK_ROWS + 1)
         }
         v.switch_call(b, args[1], functions, list(args[2:]))
         return context.get_dummy_value()
 
-    return types.void(code, *[types.int64] * 9), codegen
+    return types.void(code, *[types.int64] * 11), codegen
+
+
+@intrinsic
+def _gated_rows(typingctx: Any, rows: Any, sums: Any, out: Any, out_stride: Any) -> Any:
+    """out[rows, LANES] = silu(gate)·up, where a row of sums [rows, PANEL] is LANES gates, then LANES ups."""
+
+    def body(b: ir.IRBuilder, rows: ir.Value, sums: ir.Value, out: ir.Value, out_stride: ir.Value) -> None:
+        with v.counted_loop(b, I64(0), rows, 1) as row:
+            at = b.add(sums, b.mul(row, I64(4 * PANEL)))
+            gate, up = (v.load(b, b.add(at, I64(4 * LANES * i)), v.vec(LANES)) for i in range(_VECTORS))
+            v.store(b, v.silu_times(b, gate, up), b.add(out, b.mul(row, out_stride)))
+
+    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: tuple[ir.Value, ...]) -> ir.Value:
+        b.call(v.define(b.module, "paged_gemm_gated_rows", [I64] * 4, body), args)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), codegen
+
+
+@intrinsic
+def _add_row(typingctx: Any, rows: Any, x: Any, x_stride: Any, row: Any, sums: Any) -> Any:
+    """sums[rows, PANEL] = x[rows, PANEL] + row[PANEL]."""
+
+    def body(
+        b: ir.IRBuilder, rows: ir.Value, x: ir.Value, x_stride: ir.Value, bias: ir.Value, sums: ir.Value
+    ) -> None:
+        with v.counted_loop(b, I64(0), rows, 1) as row:
+            source, to = b.add(x, b.mul(row, x_stride)), b.add(sums, b.mul(row, I64(4 * PANEL)))
+            for i in range(_VECTORS):
+                at = I64(4 * LANES * i)
+                one, other = (v.load(b, b.add(base, at), v.vec(LANES)) for base in (source, bias))
+                v.store(b, b.fadd(one, other), b.add(to, at))
+
+    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: tuple[ir.Value, ...]) -> ir.Value:
+        b.call(v.define(b.module, "paged_gemm_add_row", [I64] * 5, body), args)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), codegen
+
+
+def _panel_rows(a, code, panel, first, count, sums, next_panel):
+    raise NotImplementedError("compiled code only")
+
+
+@overload(_panel_rows, prefer_literal=True, jit_options=PART)
+def _compile_panel_rows(a, code, panel, first, count, sums, next_panel):
+    """`count` rows from `first` on times one panel, slice by slice.
+
+    While a slice is multiplied the next one is fetched, at the end the first of `next_panel`: with 8 to 32 rows
+    arithmetic and memory take about as long, and this lets them overlap.
+    """
+    weight_code = code.literal_value
+    row_bytes = ELEMENT_BYTES[weight_code] * PANEL
+
+    def panel_rows(a, code, panel, first, count, sums, next_panel):
+        inputs, x_stride, gated = get_i64(a, _INPUTS), get_i64(a, _X_STRIDE), get_i64(a, _GATED)
+        num_blocks = (count + BLOCK_ROWS - 1) // BLOCK_ROWS
+        out_stride = get_i64(a, _OUT_STRIDE)
+        out = get_i64(a, _OUT) + first * out_stride + 4 * (PANEL >> gated) * panel
+        first_stride = get_i64(a, _START_STRIDE)
+        first_start = get_i64(a, _START) + first * first_stride + 4 * PANEL * panel
+        if get_i64(a, _BIAS) != 0:
+            _add_row(count, first_start, first_stride, get_i64(a, _BIAS) + 4 * PANEL * panel, sums)
+            first_start, first_stride = sums, 4 * PANEL
+        for chunk in range(0, inputs, _K_CHUNK):
+            length = min(_K_CHUNK, inputs - chunk)
+            is_last = chunk + length == inputs
+            weight = get_i64(a, _WEIGHT) + (panel * inputs + chunk) * row_bytes
+            ahead = next_panel if is_last else weight + length * row_bytes
+            ahead_step = row_bytes // num_blocks
+            for i in range(num_blocks):
+                row, end = count * i // num_blocks, count * (i + 1) // num_blocks
+                x = get_i64(a, _X) + (first + row) * x_stride + 4 * chunk
+                start, start_stride = sums + row * 4 * PANEL, 4 * PANEL
+                if chunk == 0:
+                    start, start_stride = first_start + row * first_stride, first_stride
+                to, to_stride = sums + row * 4 * PANEL, 4 * PANEL
+                if is_last and gated == 0:
+                    to, to_stride = out + row * out_stride, out_stride
+                _block(
+                    weight_code, end - row, x, x_stride, weight, length, start, start_stride, to, to_stride,
+                    ahead + i * length * ahead_step, ahead_step,
+                )  # fmt: skip
+        if gated != 0:
+            _gated_rows(count, sums, out, out_stride)
+
+    return panel_rows
 
 
 def _gemm(a, code):
@@ -128,30 +245,21 @@ def _gemm(a, code):
 @overload(_gemm, prefer_literal=True, jit_options=PART)
 def _compile_gemm(a, code):
     """Worker for weights of type `code`, a literal: one panel times one piece of the rows at a time."""
-    weight_code = code.literal_value
-    element_bytes = ELEMENT_BYTES[weight_code]
+    row_bytes = ELEMENT_BYTES[code.literal_value] * PANEL
 
     def gemm(a, code):
-        rows, inputs, pieces = get_i64(a, _ROWS), get_i64(a, _INPUTS), get_i64(a, _ROW_PIECES)
-        x_stride, out_stride, start_stride = get_i64(a, _X_STRIDE), get_i64(a, _OUT_STRIDE), get_i64(a, _START_STRIDE)
-        while True:
-            item = fetch_add(a, _NEXT_ITEM, 1)
-            if item >= get_i64(a, _NUM_PANELS) * pieces:
-                return
+        rows, pieces = get_i64(a, _ROWS), get_i64(a, _ROW_PIECES)
+        num_items = get_i64(a, _NUM_PANELS) * pieces
+        panel_bytes = get_i64(a, _INPUTS) * row_bytes
+        sums = get_i64(a, _SCRATCH) + SUMS_BYTES * fetch_add(a, _NEXT_WORKER, 1)
+        item = fetch_add(a, _NEXT_ITEM, 1)
+        while item < num_items:
+            following = fetch_add(a, _NEXT_ITEM, 1)  # known early, so that it can be fetched
+            next_panel = get_i64(a, _WEIGHT) + min(following, num_items - 1) // pieces * panel_bytes
             panel, piece = item // pieces, item % pieces
-            first, count = rows * piece // pieces, rows * (piece + 1) // pieces - rows * piece // pieces
-            num_blocks = (count + BLOCK_ROWS - 1) // BLOCK_ROWS
-            for chunk in range(0, inputs, _K_CHUNK):
-                weight = get_i64(a, _WEIGHT) + (panel * inputs + chunk) * PANEL * element_bytes
-                for i in range(num_blocks):
-                    row, end = first + count * i // num_blocks, first + count * (i + 1) // num_blocks
-                    x = get_i64(a, _X) + row * x_stride + 4 * chunk
-                    out = get_i64(a, _OUT) + row * out_stride + 4 * PANEL * panel
-                    start, stride = get_i64(a, _START) + row * start_stride + 4 * PANEL * panel, start_stride
-                    if chunk > 0:
-                        start, stride = out, out_stride
-                    length = min(_K_CHUNK, inputs - chunk)
-                    _block(weight_code, end - row, x, x_stride, weight, length, start, stride, out, out_stride)
+            first, end = rows * piece // pieces, rows * (piece + 1) // pieces
+            _panel_rows(a, code, panel, first, end - first, sums, next_panel)
+            item = following
 
     return gemm
 
@@ -171,6 +279,32 @@ def _kernel(dtype: torch.dtype) -> Kernel:
     return build_kernel(entries)
 
 
+def gemm_kernel(dtype: torch.dtype) -> Kernel:
+    """The compiled worker for weights of this dtype; its argument block is GemmArg."""
+    return _kernel(dtype)
+
+
+def row_pieces(rows: int) -> int:
+    """GemmArg.ROW_PIECES for so many rows."""
+    return -(-rows // _ROWS_PER_ITEM)
+
+
+def interleave_gate_up(gate_up: Tensor) -> Tensor:
+    """[2·inner, …] of gate, then up → rows in the order that panels of GemmArg.GATED want.
+
+    LANES rows of gate and LANES of up take turns; inner is padded with zeros to a multiple of LANES.
+    """
+    gate, up = gate_up.chunk(2)
+    groups = -(-gate.shape[0] // LANES)
+    padded = gate_up.new_zeros(groups, 2, LANES, *gate.shape[1:])
+    for i, half in enumerate((gate, up)):
+        whole = half.shape[0] // LANES
+        padded[:whole, i] = half[: whole * LANES].unflatten(0, (whole, LANES))
+        if whole < groups:
+            padded[whole, i, : half.shape[0] - whole * LANES] = half[whole * LANES :]
+    return padded.flatten(0, 2)
+
+
 def pack_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """weight [out_features, in_features] → panels [ceil(out_features / PANEL), in_features, PANEL], zero-padded."""
     outputs, inputs = weight.shape
@@ -184,23 +318,33 @@ def pack_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def packed_linear(
-    x: Tensor, packed: Tensor, start_row: Tensor, out_features: int, residual: Tensor | None = None
+    x: Tensor,
+    packed: Tensor,
+    start_row: Tensor,
+    out_features: int,
+    residual: Tensor | None = None,
+    *,
+    gated: bool = False,
 ) -> Tensor:
-    """x @ weightᵀ + start_row or, with a residual, x @ weightᵀ + residual; all fp32.
+    """x @ weightᵀ + start_row (+ residual); all fp32.
 
     x [T, in_features], packed from pack_weight, start_row [num_panels · PANEL], residual [T, num_panels · PANEL] with
-    contiguous rows → [T, out_features], a view into longer rows if out_features is no multiple of PANEL.
+    contiguous rows → [T, out_features], a view into longer rows if out_features is no multiple of PANEL. gated: the
+    weight is interleave_gate_up's, and the result silu(gate)·up [T, inner = out_features].
     """
     num_panels, inputs, _ = packed.shape
     if x.dtype != torch.float32 or x.shape[1] != inputs:
         raise ValueError(f"packed_linear: x: got {list(x.shape)} {x.dtype}, need [num_tokens, {inputs}] fp32.")
     if x.stride(1) != 1:
         x = x.contiguous()
-    rows, width = x.shape[0], num_panels * PANEL
+    rows, products = x.shape[0], x.shape[0] * inputs * num_panels * PANEL
+    width = num_panels * (LANES if gated else PANEL)
     start, start_stride = (start_row, 0) if residual is None else (residual, 4 * residual.stride(0))
     out = torch.empty((rows, width))
+    threads = num_threads() if products >= _MIN_PARALLEL_PRODUCTS else 1
     _PACK(
         workspace.arguments,
+        0,
         0,
         0,
         num_panels,
@@ -213,8 +357,10 @@ def packed_linear(
         start_stride,
         out.data_ptr(),
         4 * width,
-        -(-rows // _ROWS_PER_ITEM),
+        row_pieces(rows),
+        workspace.buffer("scratch", SUMS_BYTES * threads),
+        gated,
+        0 if residual is None else start_row.data_ptr(),
     )
-    threads = num_threads() if rows * inputs * width >= _MIN_PARALLEL_PRODUCTS else 1
-    run_parallel(_kernel(packed.dtype).worker, workspace.arguments_address, threads)
+    run_parallel(gemm_kernel(packed.dtype).worker, workspace.arguments_address, threads)
     return out[:, :out_features]

@@ -148,3 +148,20 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """x, residual [T, hidden_size] → residual + mlp(x)."""
         return self.down_proj(self.activation(self.gate_up_proj(x)), residual)
+
+
+class DecoderStack(nn.ModuleList):
+    """The decoder layers, one after another."""
+
+    def forward(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        rotary: RotaryEmbedding,
+        inputs: AttentionInputs,
+        kv_caches: list[Tensor],
+    ) -> Tensor:
+        """hidden [T, hidden_size], kv_caches one per layer, written in place → same shape as hidden."""
+        for layer, kv_cache in zip(self, kv_caches, strict=True):
+            hidden = layer(hidden, positions, rotary, inputs, kv_cache)
+        return hidden

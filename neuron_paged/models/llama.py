@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from neuron_paged.models.config import ModelConfig
 from neuron_paged.models.inputs import AttentionInputs
 from neuron_paged.models.kv_scales import is_kv_scale
-from neuron_paged.models.layers import Device, Embedding, GatedMLP, PagedAttention, RMSNorm, RotaryEmbedding
+from neuron_paged.models.layers import DecoderStack, Device, Embedding, GatedMLP, PagedAttention, RMSNorm, RotaryEmbedding
 from neuron_paged.models.linear import Linear
 
 
@@ -62,7 +62,7 @@ class LlamaModel(nn.Module):
         super().__init__()
         self.config, self.dtype = config, dtype
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
-        self.layers = nn.ModuleList(
+        self.layers = DecoderStack(
             DecoderLayer(config, layer, dtype=dtype, device=device) for layer in range(config.num_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
@@ -76,10 +76,7 @@ class LlamaModel(nn.Module):
 
         Returns the normed hidden states [T, hidden_size].
         """
-        hidden = self.embed_tokens(token_ids)
-        for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
-            hidden = layer(hidden, positions, self.rotary_emb, inputs, kv_cache)
-        return self.norm(hidden)
+        return self.norm(self.layers(self.embed_tokens(token_ids), positions, self.rotary_emb, inputs, kv_caches))
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, hidden_size] → [R, vocab_size] fp32."""

@@ -10,35 +10,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neuron_paged.models import cpu_gemm, cpu_kernels
-from neuron_paged.models.layers import Embedding, RMSNorm, SiluAndMul
+from neuron_paged.models import cpu_gemm, cpu_rms_norm
+from neuron_paged.models.cpu_decoder import CpuDecoderStack
+from neuron_paged.models.layers import DecoderStack, Embedding, GatedMLP, RMSNorm
 from neuron_paged.models.linear import Linear
 
 
 class PackedLinear(nn.Module):
     """Linear with packed weights, stored as `weight_dtype`; arithmetic in fp32 whatever the activations' dtype.
 
-    Not in the state dict; can't be moved, saved or lowered.
+    gated: the layer is a fused gate and up projection, and the result silu(gate)·up, of half its width. `width`: elements
+    in a row of the result with its padding. Not in the state dict; can't be moved, saved or lowered.
     """
 
-    def __init__(self, linear: Linear, weight_dtype: torch.dtype) -> None:
+    def __init__(self, linear: Linear, weight_dtype: torch.dtype, *, gated: bool = False) -> None:
         super().__init__()
-        self.out_features = linear.weight.shape[0]
-        self.packed = cpu_gemm.pack_weight(linear.weight.detach(), weight_dtype)
-        self.padding = self.packed.shape[0] * cpu_gemm.PANEL - self.out_features
+        outputs, self.in_features = linear.weight.shape
+        self.out_features, self.gated = outputs // 2 if gated else outputs, gated
         self.has_bias = linear.bias is not None
-        start_row = torch.zeros(self.out_features) if linear.bias is None else linear.bias.detach().float()
-        self.start_row = F.pad(start_row, (0, self.padding))
+        weight = linear.weight.detach()
+        bias = torch.zeros(outputs) if linear.bias is None else linear.bias.detach().float()
+        if gated:
+            weight, bias = cpu_gemm.interleave_gate_up(weight), cpu_gemm.interleave_gate_up(bias)
+        self.packed = cpu_gemm.pack_weight(weight, weight_dtype)
+        self.width = self.packed.shape[0] * (cpu_gemm.LANES if gated else cpu_gemm.PANEL)
+        self.start_row = F.pad(bias, (0, self.packed.shape[0] * cpu_gemm.PANEL - bias.shape[0]))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """As Linear.forward."""
+        """As Linear.forward, followed by SiluAndMul if gated."""
         if residual is not None:
-            residual = residual.float()
-            if self.padding or self.has_bias:
-                residual = F.pad(residual, (0, self.padding)) + self.start_row
-            elif residual.stride(1) != 1:
-                residual = residual.contiguous()
-        return cpu_gemm.packed_linear(x.float(), self.packed, self.start_row, self.out_features, residual).to(x.dtype)
+            residual = F.pad(residual.float(), (0, self.width - self.out_features)).contiguous()
+        y = cpu_gemm.packed_linear(
+            x.float(), self.packed, self.start_row, self.out_features, residual, gated=self.gated
+        )
+        return y.to(x.dtype)
 
 
 class CpuRMSNorm(nn.Module):
@@ -51,15 +56,7 @@ class CpuRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """As RMSNorm.forward."""
-        return cpu_kernels.rms_norm(x, self.fp32_weight, self.eps)
-
-
-class CpuSiluAndMul(nn.Module):
-    """SiluAndMul in one pass."""
-
-    def forward(self, gate_up: Tensor) -> Tensor:
-        """As SiluAndMul.forward."""
-        return cpu_kernels.silu_and_mul(gate_up)
+        return cpu_rms_norm.rms_norm(x, self.fp32_weight, self.eps)
 
 
 def peak_memory_bytes(model: nn.Module, packed_dtype: torch.dtype | None) -> int:
@@ -77,23 +74,28 @@ def peak_memory_bytes(model: nn.Module, packed_dtype: torch.dtype | None) -> int
     return peak
 
 
-def prepare_for_cpu(model: nn.Module, *, packed: bool = True, weight_dtype: torch.dtype | None = None) -> nn.Module:
+def prepare_for_cpu(model: nn.Module, *, weight_dtype: torch.dtype | None = None) -> nn.Module:
     """Replace layers by their CPU forms, in place; each plain weight is dropped before the next one is packed.
 
     An embedding that shares its matrix with the head stays for the lookup; the head's packed copy is extra memory.
-    packed: False leaves the linear layers as they are. weight_dtype: fp32, bf16 or fp16, what packed weights are stored
-    in; None = the model's. The result can't be lowered, exported or saved.
+    weight_dtype: fp32, bf16 or fp16, what packed weights are stored in; None = the model's. The decoder layers of an
+    fp32 model become one program (cpu_decoder). The result can't be lowered, exported or saved.
     """
     devices = {str(parameter.device) for parameter in model.parameters()}
     if devices != {"cpu"}:
         raise ValueError(f"prepare_for_cpu: got a model on {', '.join(devices)}, need one on the CPU.")
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, Linear) and packed:
-                setattr(parent, name, PackedLinear(child, weight_dtype or child.weight.dtype))
+            if isinstance(child, Linear):
+                gated = isinstance(parent, GatedMLP) and name == "gate_up_proj"
+                setattr(parent, name, PackedLinear(child, weight_dtype or child.weight.dtype, gated=gated))
                 child.weight = None  # type: ignore[assignment]
             elif isinstance(child, RMSNorm):
                 setattr(parent, name, CpuRMSNorm(child))
-            elif isinstance(child, SiluAndMul):
-                setattr(parent, name, CpuSiluAndMul())
+        if isinstance(parent, GatedMLP):
+            parent.activation = nn.Identity()  # the gated projection's
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, DecoderStack) and parent.dtype == torch.float32:
+                setattr(parent, name, CpuDecoderStack(child, parent.config))
     return model

@@ -16,7 +16,7 @@ from neuron_paged.ops.cpu_kernels.library import kernel, workspace
 from neuron_paged.ops.cpu_kernels.openmp import num_threads, run_parallel
 from neuron_paged.ops.schema import LIB
 
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3}  # vector_ir.FP32 …
+ELEMENT_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3}  # vector_ir.FP32 …
 _MIN_PARALLEL_TOKENS = 64  # below, waking the pool costs more than cache writes and rotations take
 
 # Layouts of the argument blocks: cpu_kernels/attention_plan.Arg, cpu_kernels/cache_ops.CacheArg and RotaryArg.
@@ -134,9 +134,9 @@ def _attention(
         query.data_ptr(),
         token_stride * element_bytes,
         head_stride * element_bytes,
-        _CODES[query.dtype],
+        ELEMENT_CODES[query.dtype],
         kv_cache.data_ptr(),
-        _CODES[kv_cache.dtype],
+        ELEMENT_CODES[kv_cache.dtype],
         num_blocks,
         block_table.data_ptr(),
         block_table.stride(0) * 4,
@@ -213,9 +213,9 @@ def _reshape_and_cache(
         value.data_ptr(),
         value.stride(0) * element_bytes,
         value.stride(1) * element_bytes,
-        _CODES[key.dtype],
+        ELEMENT_CODES[key.dtype],
         kv_cache.data_ptr(),
-        _CODES[kv_cache.dtype],
+        ELEMENT_CODES[kv_cache.dtype],
         num_blocks,
         num_kv_heads,
         block_size,
@@ -278,7 +278,7 @@ def _rotary_embedding(
         interleaved,
         num_tokens,
         head_dim,
-        _CODES[dtype],
+        ELEMENT_CODES[dtype],
         workspace.buffer("scratch", 4 * head_dim * threads),
         query.data_ptr(),
         query.stride(0) * element_bytes,

@@ -29,19 +29,39 @@ if hasattr(os, "register_at_fork"):
 
 
 @lru_cache(maxsize=1)
-def _gomp_parallel() -> Any:
-    """GOMP_parallel(function, data, num_threads, flags) as torch's library sees it, or None."""
+def _torch_library() -> ctypes.CDLL | None:
+    """torch's CPU library; looking a name up in it also searches the libraries it is linked to."""
     for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
         path = Path(torch.__file__).parent / "lib" / name
         if path.exists():
-            try:
-                function = ctypes.CDLL(str(path)).GOMP_parallel  # also searches the libraries it is linked to
-            except (OSError, AttributeError):
-                return None
-            function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-            function.restype = None
-            return function
+            return ctypes.CDLL(str(path))
     return None
+
+
+@lru_cache(maxsize=1)
+def _gomp_parallel() -> Any:
+    """GOMP_parallel(function, data, num_threads, flags) as torch's library sees it, or None."""
+    try:
+        function = _torch_library().GOMP_parallel  # type: ignore[union-attr]
+    except (OSError, AttributeError):
+        return None
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    function.restype = None
+    return function
+
+
+@lru_cache(maxsize=1)
+def team_functions() -> tuple[int, int] | None:
+    """Addresses of omp_get_num_threads in torch's runtime and of sched_yield: what a worker whose threads wait for each
+    other has to call. None where there is no such runtime."""
+    if _gomp_parallel() is None:
+        return None
+    try:
+        functions = _torch_library().omp_get_num_threads, ctypes.CDLL(None).sched_yield  # type: ignore[union-attr]
+    except (OSError, AttributeError, TypeError):
+        return None
+    team_size, sched_yield = (ctypes.cast(function, ctypes.c_void_p).value for function in functions)
+    return (team_size, sched_yield) if team_size and sched_yield else None
 
 
 @lru_cache(maxsize=1)

@@ -40,6 +40,9 @@ EXP2_COEFFICIENTS = (
     0.001339993121914494,
     0.00015345812003834507,
 )
+LOG2_E = 1.4426950216293335  # log2(e) as fp32, and what that leaves
+LOG2_E_REST = 1.9259629911e-08
+LN_2 = 0.6931471805599453
 ROUND_MAGIC = 12582912.0  # 1.5 * 2**23: adding it leaves the nearest integer in the low mantissa bits
 
 
@@ -161,6 +164,26 @@ def tanh(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     return b.select(b.fcmp_ordered("<", size, constant(0.25, lanes)), b.fmul(x, series), ratio)
 
 
+def silu_times(b: ir.IRBuilder, gate: ir.Value, up: ir.Value) -> ir.Value:
+    """gate · sigmoid(gate) · up."""
+    lanes = gate.type.count
+    # exp2 takes arguments <= 0 and never gives less than 1e-38: below -88 the gate's product with it is as good as 0.
+    # With e = exp(-|x|), sigmoid(x) = 1 / (1 + e) or, for x < 0, e / (1 + e).
+    floor = constant(-88.0, lanes)
+    gate = b.select(b.fcmp_ordered("<", gate, floor), floor, gate)
+    size, most = intrinsic_call(b, "llvm.fabs", [gate]), constant(88.0, lanes)
+    size = b.select(b.fcmp_ordered(">", size, most), most, size)
+    power = b.fmul(size, constant(-LOG2_E, lanes))
+    e = exp2(b, power)
+    # The product's rounding error, and that of its constant, would cost four bits of a large power.
+    rest = fma(b, size, constant(-LOG2_E, lanes), b.fneg(power))
+    rest = fma(b, size, constant(-LOG2_E_REST, lanes), rest)
+    e = fma(b, e, b.fmul(rest, constant(LN_2, lanes)), e)
+    one = constant(1.0, lanes)
+    numerator = b.select(b.fcmp_ordered("<", gate, constant(0.0, lanes)), e, one)
+    return b.fdiv(b.fmul(b.fmul(gate, numerator), up), b.fadd(one, e))
+
+
 def load_fp32(b: ir.IRBuilder, address: ir.Value, code: int, lanes: int) -> ir.Value:
     """Load elements of type `code` as fp32."""
     if code == FP32:
@@ -215,14 +238,14 @@ def store_fp32(b: ir.IRBuilder, x: ir.Value, address: ir.Value, code: int) -> No
     store(b, b.trunc(b.or_(magnitude, sign), vec(lanes, I8)), address)
 
 
-def prefetch(b: ir.IRBuilder, address: ir.Value) -> None:
+def prefetch(b: ir.IRBuilder, address: ir.Value, locality: int = 3) -> None:
     """Ask for the cache line at `address`, which may be any number, for reading."""
     pointer = ir.PointerType(I8)
     name = "llvm.prefetch.p0"
     function = b.module.globals.get(name)
     if function is None:
         function = ir.Function(b.module, ir.FunctionType(VOID, [pointer, I32, I32, I32]), name)
-    b.call(function, [b.inttoptr(address, pointer), I32(0), I32(3), I32(1)])
+    b.call(function, [b.inttoptr(address, pointer), I32(0), I32(locality), I32(1)])
 
 
 def sum_lanes(b: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
