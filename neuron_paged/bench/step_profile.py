@@ -62,15 +62,15 @@ class ProfilingExecutor:
             return self.inner.execute(batch)
         self.num_profiled += 1
         program = self.layers.program if isinstance(self.layers, CpuDecoderStack) else None
-        cycles, in_program = (program.cycles.copy(), program.seconds) if program else (None, 0.0)
+        before = (program.cycles.copy(), program.seconds) if program else None
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             start = time.perf_counter()
             result = self.inner.execute(batch)
             wall = time.perf_counter() - start
         in_ops = 0.0
-        if program:
-            in_ops = program.seconds - in_program
-            for name, seconds in _by_kind(program.cycles - cycles, in_ops).items():
+        if program and before:
+            in_ops = program.seconds - before[1]
+            for name, seconds in _by_kind(program.cycles - before[0], in_ops).items():
                 self.seconds[name] += seconds
         for event in profiler.events() or ():
             if event.name in (HEAD, SAMPLING) or event.name.startswith("[memory]"):  # their operators count

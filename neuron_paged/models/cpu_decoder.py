@@ -7,7 +7,9 @@ kernels with which arguments; this file owns the memory they share and what chan
 """
 
 import ctypes
+import threading
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,12 +33,12 @@ _PLANNED = slice(Arg.NUM_ITEMS, Arg.NUM_GROUPS + 1)
 class CpuDecoderStack(DecoderStack):
     """The layers of an fp32 model whose parts prepare_cpu has replaced, run as one program.
 
-    Keeps the modules, whose packed weights the program reads. Not for use by two threads at once.
+    Keeps the modules, whose packed weights the program reads. One thread runs it at a time, others wait.
     """
 
     def __init__(self, layers: Iterable[nn.Module], config: ModelConfig) -> None:
         super().__init__(layers)
-        self.config = config
+        self.config, self._lock = config, threading.Lock()
         calls = decoder_calls(self, config)
         self._widths = Widths.of(self[0])
         self._template = np.zeros((len(calls), MAX_ARGS), np.int64)
@@ -65,17 +67,18 @@ class CpuDecoderStack(DecoderStack):
     ) -> Tensor:
         """As DecoderStack.forward."""
         positions = positions.contiguous()
-        inputs = AttentionInputs(*(None if x is None else x.contiguous() for x in inputs))
+        inputs = AttentionInputs._make(None if x is None else x.contiguous() for x in inputs)
         table = rotary.cos_sin_cache
         self._check(positions, table, inputs, kv_caches)
         num_tokens, size = hidden.shape
         state = torch.empty((num_tokens, self._widths.hidden))
         state[:, :size] = hidden
         if num_tokens:
-            self._fill(state, positions, table, inputs, kv_caches)
-            self._check_values(positions, table, inputs, kv_caches[0])
-            self._share_out(num_tokens, inputs, kv_caches[0])
-            self.program.run()
+            with self._lock:
+                self._fill(state, positions, table, inputs, kv_caches)
+                self._check_values(positions, table, inputs, kv_caches[0])
+                self._share_out(num_tokens, inputs, kv_caches[0])
+                self.program.run()
         return state[:, :size]
 
     def _check(self, positions: Tensor, table: Tensor, inputs: AttentionInputs, kv_caches: list[Tensor]) -> None:
@@ -106,7 +109,7 @@ class CpuDecoderStack(DecoderStack):
                 value_checks.check_scale_values(*self._scales(layer, first))
 
     def _scales(self, layer: int, kv_cache: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        attention = self[layer].self_attn
+        attention: Any = self[layer].self_attn
         is_fp8 = kv_cache.dtype == torch.float8_e4m3fn
         return (attention.k_scale, attention.v_scale) if is_fp8 else (None, None)
 
@@ -131,7 +134,8 @@ class CpuDecoderStack(DecoderStack):
         values[Symbol.SLOT_MAPPING] = slots.data_ptr()
         values[Symbol.NUM_BLOCKS], _, _, values[Symbol.BLOCK_SIZE], _ = first.shape
         values[Symbol.CACHE_DTYPE] = ELEMENT_CODES[first.dtype]
-        values[Symbol.BLOCK_TABLE], values[Symbol.BLOCK_TABLE_STRIDE] = block_table.data_ptr(), 4 * block_table.stride(0)
+        values[Symbol.BLOCK_TABLE] = block_table.data_ptr()
+        values[Symbol.BLOCK_TABLE_STRIDE] = 4 * block_table.stride(0)
         values[Symbol.NUM_SEQS], values[Symbol.MAX_BLOCKS] = block_table.shape
         values[Symbol.CONTEXT_LENS] = context_lens.data_ptr()
         values[Symbol.CU_SEQLENS_Q] = 0 if starts is None else starts.data_ptr()

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from neuron_paged.models.config import ModelConfig
 from neuron_paged.models.inputs import AttentionInputs
 from neuron_paged.models.kv_scales import is_kv_scale
-from neuron_paged.models.layers import DecoderStack, Device, Embedding, GatedMLP, PagedAttention, RMSNorm, RotaryEmbedding
+from neuron_paged.models.layers import (
+    DecoderStack,
+    Device,
+    Embedding,
+    GatedMLP,
+    PagedAttention,
+    RMSNorm,
+    RotaryEmbedding,
+)
 from neuron_paged.models.linear import Linear
 
 

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns a loaded model into its fast CPU form: packed linear layers, one-pass norms and activations.
+"""Turns a loaded model into its fast CPU form: packed linear layers, one-pass norms, all layers as one program.
 
-Measured on CPU (2 threads, fp32, SmolLM2-135M's sizes, µs per call, torch → here) at 1, 32 and 512 tokens: RMSNorm
-12 → 5, 17 → 8, 72 → 39; SiLU·up 6 → 4, 21 → 15, 289 → 121. The linear layers' figures are in cpu_gemm.py. One fused
-gate+up product is faster than two at every size, fused QKV saves 40 µs per layer at up to 32 tokens.
+Measured on CPU (2 threads, fp32, SmolLM2-135M): RMSNorm of 1, 32 and 512 tokens, torch → here, 12 → 5, 17 → 8 and 72 →
+39 µs; decoding one sequence alone, kernels called one by one → as one program, 35 → 27 ms per token (AVX2, two runs
+each in turn). The linear layers' figures are in cpu_gemm.py.
 """
+
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,15 +15,16 @@ from torch import Tensor, nn
 
 from neuron_paged.models import cpu_gemm, cpu_rms_norm
 from neuron_paged.models.cpu_decoder import CpuDecoderStack
-from neuron_paged.models.layers import DecoderStack, Embedding, GatedMLP, RMSNorm
+from neuron_paged.models.layers import Embedding, GatedMLP, RMSNorm
 from neuron_paged.models.linear import Linear
+from neuron_paged.models.llama import LlamaModel
 
 
 class PackedLinear(nn.Module):
     """Linear with packed weights, stored as `weight_dtype`; arithmetic in fp32 whatever the activations' dtype.
 
-    gated: the layer is a fused gate and up projection, and the result silu(gate)·up, of half its width. `width`: elements
-    in a row of the result with its padding. Not in the state dict; can't be moved, saved or lowered.
+    gated: the layer is a fused gate and up projection, and the result silu(gate)·up, of half its width. `width`:
+    elements in a row of the result with its padding. Not in the state dict; can't be moved, saved or lowered.
     """
 
     def __init__(self, linear: Linear, weight_dtype: torch.dtype, *, gated: bool = False) -> None:
@@ -93,9 +97,12 @@ def prepare_for_cpu(model: nn.Module, *, weight_dtype: torch.dtype | None = None
             elif isinstance(child, RMSNorm):
                 setattr(parent, name, CpuRMSNorm(child))
         if isinstance(parent, GatedMLP):
-            parent.activation = nn.Identity()  # the gated projection's
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, DecoderStack) and parent.dtype == torch.float32:
-                setattr(parent, name, CpuDecoderStack(child, parent.config))
+            parent.activation = nn.Identity()  # type: ignore[assignment]  # the gated projection has its own
+    if isinstance(model, LlamaModel) and model.dtype == torch.float32 and _is_whole(model.layers):
+        model.layers = CpuDecoderStack(model.layers, model.config)
     return model
+
+
+def _is_whole(layers: Iterable[Any]) -> bool:
+    """Whether the layers compute alone, not as one of several ranks that add their results up."""
+    return all(isinstance(x, PackedLinear) for layer in layers for x in (layer.self_attn.o_proj, layer.mlp.down_proj))

@@ -155,7 +155,7 @@ def check_against(reference: PreTrainedModel, model: LlamaModel, dtype: torch.dt
         assert error <= allowed, f"sequence {row}: error {error:.2e}, allowed {allowed:.2e}"
 
 
-@pytest.mark.parametrize("form", ["plain", "unpacked", "packed"])
+@pytest.mark.parametrize("form", ["plain", "prepared"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_match_transformers(name: str, form: str, tmp_path: Path) -> None:
     family, options = CONFIGS[name]
@@ -163,7 +163,7 @@ def test_logits_match_transformers(name: str, form: str, tmp_path: Path) -> None
     reference.save_pretrained(tmp_path)
     loaded = load_model(tmp_path, progress=False, prepare=False)
     if form != "plain":
-        prepare_for_cpu(loaded.model, packed=form == "packed")
+        prepare_for_cpu(loaded.model)
     assert loaded.config.architecture == f"{family}ForCausalLM"
     check_against(reference, loaded.model, torch.float32)
 

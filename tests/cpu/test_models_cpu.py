@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU forms of layers against fp64: packed linear layers, one-pass RMSNorm and SiLU·up, any size and stride."""
+"""The CPU forms of layers against fp64: packed linear layers, plain and gated, and one-pass RMSNorm, any size and
+stride; all layers as one program."""
+
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -8,10 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen3Config
 
-from neuron_paged.models import cpu_gemm, cpu_kernels, prepare_for_cpu
+from neuron_paged.models import cpu_gemm, cpu_rms_norm, prepare_for_cpu
+from neuron_paged.models.cpu_decoder import CpuDecoderStack
+from neuron_paged.models.inputs import AttentionInputs
+from neuron_paged.models.layers import DecoderStack, SiluAndMul
 from neuron_paged.models.linear import Linear
 from neuron_paged.models.llama import LlamaModel
-from neuron_paged.models.prepare_cpu import CpuRMSNorm, CpuSiluAndMul, PackedLinear
+from neuron_paged.models.prepare_cpu import CpuRMSNorm, PackedLinear
 from neuron_paged.models.registry import normalise_config
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -33,7 +39,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, 
 @given(rows=st.integers(0, 70), size=st.integers(1, 150), seed=st.integers(0, 99))
 def test_rms_norm(dtype: torch.dtype, rows: int, size: int, seed: int) -> None:
     x, weight = random(rows, size, dtype=dtype, seed=seed), random(size, seed=seed + 1)
-    got = cpu_kernels.rms_norm(x, weight, 1e-5)
+    got = cpu_rms_norm.rms_norm(x, weight, 1e-5)
     if rows:
         exact = F.rms_norm(x.double(), (size,), weight.double(), 1e-5)
         check(got, F.rms_norm(x.float(), (size,), weight, 1e-5).to(dtype), exact)
@@ -46,28 +52,13 @@ def test_rms_norm_of_heads_inside_a_fused_projection(dtype: torch.dtype) -> None
     for heads in (fused[:, :5], fused[:, 5:7], fused.transpose(1, 2)[:, :, :3].transpose(1, 2)):
         exact = F.rms_norm(heads.double(), (48,), weight.double(), 1e-6)
         same = F.rms_norm(heads.float(), (48,), weight, 1e-6).to(dtype)
-        check(cpu_kernels.rms_norm(heads, weight, 1e-6), same, exact)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@settings(max_examples=25, deadline=None)
-@given(rows=st.integers(1, 70), inner=st.integers(1, 150), seed=st.integers(0, 99))
-def test_silu_and_mul(dtype: torch.dtype, rows: int, inner: int, seed: int) -> None:
-    x = random(rows, 2 * inner, dtype=dtype, scale=6.0, seed=seed)
-    exact = F.silu(x[:, :inner].double()) * x[:, inner:].double()
-    check(cpu_kernels.silu_and_mul(x), F.silu(x[:, :inner]) * x[:, inner:], exact)
-
-
-def test_silu_and_mul_extremes() -> None:
-    gate = torch.tensor([0.0, -0.0, 90.0, -90.0, 200.0, -200.0, 3e38, -3e38, 1e-30, -1e-30, torch.nan] * 3)
-    got = cpu_kernels.silu_and_mul(torch.stack([gate, torch.ones_like(gate)]).reshape(1, -1))[0]
-    torch.testing.assert_close(got, F.silu(gate.double()).float(), rtol=1e-6, atol=1e-30, equal_nan=True)
+        check(cpu_rms_norm.rms_norm(heads, weight, 1e-6), same, exact)
 
 
 def test_rows_beyond_one_thread() -> None:
     x = random(400, 300)
     exact = F.rms_norm(x.double(), (300,), None, 1e-5)
-    check(cpu_kernels.rms_norm(x, torch.ones(300), 1e-5), F.rms_norm(x, (300,), None, 1e-5), exact)
+    check(cpu_rms_norm.rms_norm(x, torch.ones(300), 1e-5), F.rms_norm(x, (300,), None, 1e-5), exact)
 
 
 def make_linear(inputs: int, outputs: int, bias: bool, dtype: torch.dtype, seed: int = 0) -> Linear:
@@ -93,6 +84,30 @@ def test_packed_linear(dtype: torch.dtype, rows: int, inputs: int, outputs: int,
         check(packed(x), linear(x), exact)
         check(packed(x, residual), linear(x, residual), exact + residual.double())
     assert torch.equal(residual, before)  # not added in place
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 230), inputs=st.integers(1, 90), inner=st.integers(1, 80), bias=st.booleans(),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_gated_linear(dtype: torch.dtype, rows: int, inputs: int, inner: int, bias: bool, seed: int) -> None:
+    linear = make_linear(inputs, 2 * inner, bias, dtype, seed)
+    x = random(rows, inputs, dtype=dtype, scale=0.3, seed=seed + 5)
+    exact = SiluAndMul()(
+        F.linear(x.double(), linear.weight.double(), None if linear.bias is None else linear.bias.double())
+    )
+    with torch.inference_mode():
+        check(PackedLinear(linear, dtype, gated=True)(x), SiluAndMul()(linear(x)), exact)
+
+
+def test_gated_linear_extremes() -> None:
+    gate = torch.tensor([0.0, -0.0, 90.0, -90.0, 200.0, -200.0, 3e38, -3e38, 1e-30, -1e-30, torch.nan] * 3)
+    linear = make_linear(1, 66, False, torch.float32)
+    linear.weight.copy_(torch.cat([gate, torch.ones(33)])[:, None])
+    got = PackedLinear(linear, torch.float32, gated=True)(torch.ones(1, 1))[0]
+    torch.testing.assert_close(got, F.silu(gate.double()).float(), rtol=1e-6, atol=1e-30, equal_nan=True)
 
 
 def test_packed_linear_long_sums_and_strided_rows() -> None:
@@ -145,17 +160,88 @@ def test_prepare_for_cpu_replaces_layers_and_drops_their_weights() -> None:
     prepare_for_cpu(model)
     kinds = [type(module) for module in model.modules()]
     assert kinds.count(PackedLinear) == len(linears) == 9
-    assert kinds.count(CpuRMSNorm) == 9 and kinds.count(CpuSiluAndMul) == 2
+    assert kinds.count(CpuRMSNorm) == 9 and kinds.count(CpuDecoderStack) == 1
     assert all(linear.weight is None for linear in linears)
     assert [name for name, _ in model.named_parameters()] == ["embed_tokens.weight", "rotary_emb.cos_sin_cache"]
-
-
-def test_prepare_for_cpu_without_packed_linears() -> None:
-    model = prepare_for_cpu(tiny_model(), packed=False)
-    kinds = [type(module) for module in model.modules()]
-    assert PackedLinear not in kinds and kinds.count(Linear) == 9
 
 
 def test_prepare_for_cpu_refuses_other_devices() -> None:
     with pytest.raises(ValueError, match="got a model on meta, need one on the CPU"):
         prepare_for_cpu(tiny_model("meta"))
+
+
+def step_of(model: LlamaModel, lengths: list[int], num_padded: int = 0) -> tuple[list[torch.Tensor], tuple]:
+    """Caches and arguments of a step of whole prompts, with padded tokens at its end."""
+    blocks = torch.randperm(11, generator=torch.Generator().manual_seed(3))[: 2 * len(lengths)].view(-1, 2) + 1
+    table = torch.cat([blocks, torch.zeros(1, 2)]).int() if num_padded else blocks.int()
+    positions = torch.cat([torch.arange(n) for n in (*lengths, num_padded)]).int()
+    rows = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    live = positions[: sum(lengths)].long()
+    slots = table[rows, live // 8] * 8 + live % 8
+    lens = torch.tensor([*lengths, *([0] if num_padded else [])], dtype=torch.int32)
+    starts = torch.cat([torch.zeros(1), torch.tensor([*lengths, *([num_padded] if num_padded else [])]).cumsum(0)])
+    inputs = AttentionInputs(torch.cat([slots, positions[len(slots) :]]).int(), table, lens, starts.int())
+    caches = [torch.zeros(12, 2, 2, 8, 8) for _ in model.layers]
+    token_ids = random_tokens(len(positions))
+    return caches, (token_ids, positions, inputs, caches)
+
+
+def random_tokens(count: int) -> torch.Tensor:
+    return torch.randint(40, (count,), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+
+
+def filled_model() -> LlamaModel:
+    model = tiny_model()
+    for number, parameter in enumerate(model.parameters()):
+        if parameter is not model.rotary_emb.cos_sin_cache:
+            parameter.copy_(random(*parameter.shape, scale=0.3, seed=number))
+    return model
+
+
+def test_program_equals_the_layers_it_replaces() -> None:
+    """The same kernels called one by one, with padded tokens, give the same bits."""
+    plain, prepared = filled_model(), prepare_for_cpu(filled_model())
+    assert isinstance(prepared.layers, CpuDecoderStack)
+    one_by_one = prepare_for_cpu(filled_model())
+    one_by_one.layers = DecoderStack(one_by_one.layers)
+    with torch.inference_mode():
+        for padded in (0, 3):
+            models = (prepared, one_by_one, plain)
+            results = [(m(*(step := step_of(m, [5, 9, 16], padded))[1]), step[0]) for m in models]
+            (got, caches), (same, same_caches), (plainly, _) = results
+            assert torch.equal(got, same) and all(map(torch.equal, caches, same_caches))
+            torch.testing.assert_close(got[:30], plainly[:30], rtol=1e-4, atol=1e-4)
+
+
+def test_program_checks_index_values_before_it_writes() -> None:
+    model = prepare_for_cpu(filled_model())
+    for field, place, value, message in (
+        ("slot_mapping", 2, 96, r"slot_mapping\[2\]: got 96, need 0..95"),
+        ("block_table", (1, 0), 12, r"block_table\[1, 0\]: got 12, need 0..11"),
+        ("context_lens", 0, 17, r"context_lens\[0\]: got 17, need 0..16"),
+    ):
+        caches, (token_ids, positions, inputs, _) = step_of(model, [5, 9])
+        getattr(inputs, field)[place] = value
+        with pytest.raises(ValueError, match=message), torch.inference_mode():
+            model(token_ids, positions, inputs, caches)
+        assert not any(cache.any() for cache in caches)
+    caches, (token_ids, positions, inputs, _) = step_of(model, [5, 9])
+    positions[3] = 16
+    with pytest.raises(ValueError, match=r"positions\[3\]: got 16, need 0..15"), torch.inference_mode():
+        model(token_ids, positions, inputs, caches)
+    with pytest.raises(ValueError, match=r"kv_caches: got 1 of .*need 2, contiguous and alike"), torch.inference_mode():
+        model(token_ids, positions, inputs, caches[:1])
+
+
+def test_program_serves_threads_one_after_another() -> None:
+    model = prepare_for_cpu(filled_model())
+
+    def run(length: int) -> torch.Tensor:
+        with torch.inference_mode():
+            return model(*step_of(model, [length, 16])[1])
+
+    lengths = [1, 3, 9, 16] * 10
+    alone = {length: run(length) for length in set(lengths)}
+    with ThreadPoolExecutor(4) as pool:
+        for length, got in zip(lengths, pool.map(run, lengths), strict=True):
+            assert torch.equal(got, alone[length])

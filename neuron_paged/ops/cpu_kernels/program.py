@@ -9,6 +9,7 @@ wait for each other. Counts the clock cycles spent per kind.
 import ctypes
 import platform
 import time
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -120,10 +121,11 @@ class Program:
 
     calls: (worker, address of its argument block, kind), in order; the blocks belong to the caller, who also zeroes
     their counters before each run. cycles [num_kinds] int64: time stamp cycles per kind so far, as the first thread
-    saw it; seconds: of all runs together. Cycles stay zero where the processor keeps its time stamp from programs (ARM).
+    saw it; seconds: of all runs together. Cycles stay zero where the processor keeps its
+    time stamp from programs (ARM).
     """
 
-    def __init__(self, calls: list[tuple[Any, int, int]], num_kinds: int) -> None:
+    def __init__(self, calls: Sequence[tuple[Any, int, int]], num_kinds: int) -> None:
         self._workers = [worker for worker, _, _ in calls]
         addresses = [ctypes.cast(worker, ctypes.c_void_p).value or 0 for worker in self._workers]
         rows = [(address, block, kind) for address, (_, block, kind) in zip(addresses, calls, strict=True)]
