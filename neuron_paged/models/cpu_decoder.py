@@ -97,8 +97,9 @@ class CpuDecoderStack(DecoderStack):
         )
         slots, block_table, context_lens, starts = inputs
         checks.check_attention(
-            query, first, block_table, context_lens, starts, None, 0, 0.0, None, None, *self._scales(0, first)
-        )
+            query, first, block_table, context_lens, starts, None, 0, 0.0, None, None, *self._scales(0, first),
+            None, None, None,
+        )  # fmt: skip
         checks.check_reshape_and_cache(key, key, first, slots, *self._scales(0, first))
         checks.check_rotary_embedding(positions, query, key, table)
         if checks.debug_checks_enabled():
