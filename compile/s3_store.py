@@ -42,7 +42,8 @@ class S3Store:
         self._part_bytes = part_bytes
         retries: Any = {"mode": "standard", "max_attempts": _ATTEMPTS}
         try:
-            self._s3 = boto3.session.Session().client("s3", config=Config(retries=retries, connect_timeout=10, read_timeout=60))
+            config = Config(retries=retries, connect_timeout=10, read_timeout=60)
+            self._s3 = boto3.session.Session().client("s3", config=config)
         except (BotoCoreError, ValueError) as error:
             raise StoreError(f"store {location}: {error}") from error
 
