@@ -234,6 +234,18 @@ KINDS: dict[str, type[Bucket]] = {
 }
 
 
+def bucket_of_name(name: str) -> Bucket:
+    """The bucket of a name: the inverse of Bucket.name. Raises ValueError."""
+    kind, _, sizes = name.partition("-")
+    forms = ", ".join(f"{k}-{'x'.join(f.name for f in fields(c))}" for k, c in KINDS.items())
+    numbers = sizes.split("x")
+    if kind not in KINDS or not all(n.isascii() and n.isdigit() for n in numbers):
+        raise ValueError(f"bucket: got {name!r}, need one of the forms {forms}.")
+    if len(numbers) != len(fields(KINDS[kind])):
+        raise ValueError(f"bucket: got {name!r} with {len(numbers)} sizes, need one of the forms {forms}.")
+    return KINDS[kind](*map(int, numbers))
+
+
 @dataclass(frozen=True)
 class BucketFile:
     """Grids by kind, as a file holds them. about: JSON values that say what they were made for (model, target, …).

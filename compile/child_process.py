@@ -7,21 +7,28 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 # Variables of the parent that would change what torch_xla traces or where it runs.
 _DROPPED_PREFIXES = ("XLA_", "PJRT_", "NEURON_", "TORCH_XLA", "TPU_")
 
+_POLL_S = 0.25
+
 
 def run_child(
-    module: str, arguments: list[str], *, python: Path | None = None, environment: Mapping[str, str] | None = None
+    module: str,
+    arguments: list[str],
+    *,
+    python: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    while_waiting: Callable[[], None] = lambda: None,
 ) -> subprocess.CompletedProcess[str]:
     """Call `module.main(arguments)` in a new interpreter and wait for it; its output is captured.
 
     python: interpreter of another virtual environment; None = this one. The child sees what this process can import,
     except for packages that this process's environment installed when it is another one. It ends with this call: an
-    exception here (Ctrl-C too) kills it.
+    exception here (Ctrl-C too) kills it. while_waiting: called a few times per second.
     """
     interpreter = Path(sys.executable) if python is None else python
     search_path = [str(Path(entry).resolve()) for entry in sys.path]  # "" is the working directory
@@ -37,10 +44,21 @@ def run_child(
         "import_module(module).main(arguments)\n"
     )
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_DROPPED_PREFIXES)}
-    return subprocess.run(
+    with subprocess.Popen(
         [str(interpreter), "-c", code, json.dumps([search_path, module, arguments])],
         env={**kept, "PYTHONHASHSEED": "0", **(environment or {})},
         stdin=subprocess.DEVNULL,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-    )
+    ) as process:
+        try:
+            while True:
+                try:
+                    stdout, stderr = process.communicate(timeout=_POLL_S)
+                    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+                except subprocess.TimeoutExpired:
+                    while_waiting()
+        except BaseException:
+            process.kill()
+            raise

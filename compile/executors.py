@@ -82,7 +82,8 @@ _callback = _CALLBACK(_dispatch)  # must outlive every executable
 _client: Any = None
 
 
-def _xla_client() -> Any:
+def require_jaxlib() -> Any:
+    """jaxlib's client module; MissingPackageError that says what to install."""
     try:
         import jaxlib
         from jaxlib import xla_client
@@ -120,7 +121,7 @@ class HloCpuRuntime:
     """
 
     def __init__(self, kernels: Mapping[str, Kernel]) -> None:
-        self._xla = _xla_client()
+        self._xla = require_jaxlib()
         self._client = _cpu_client(self._xla)
         self._device = self._client.local_devices()[0]
         self.kernels = dict(kernels)

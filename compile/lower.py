@@ -5,10 +5,12 @@ Owns the parent's side. trace.py owns what happens inside the child. No weights 
 """
 
 import json
+import os
 import pickle
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,14 @@ from compile.lowered_graph import LoweredGraph
 # torch_xla's tracing interface is private and changes with every release; this one was tested.
 TORCH_VERSION = TORCH_XLA_VERSION = "2.9.0"
 INSTALL = (
-    f"python3.11 -m venv VENV && VENV/bin/pip install torch=={TORCH_VERSION} torch_xla=={TORCH_XLA_VERSION}, then "
-    "lower with python=VENV/bin/python, or run everything there"
+    f"python3.11 -m venv VENV && VENV/bin/pip install torch=={TORCH_VERSION} torch_xla=={TORCH_XLA_VERSION} numpy, "
+    "then name VENV/bin/python as the interpreter that lowers (python=, graph_python=, --graph-python), or run "
+    "everything there"
 )
 # Functionalization changes the graph (more instructions, same results), so it is pinned: off, as torch-neuronx has it.
 CHILD_ENVIRONMENT = {"PJRT_DEVICE": "CPU", "XLA_DISABLE_FUNCTIONALIZATION": "1"}
+# (what is going on, graphs done, graphs in all)
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -41,11 +46,28 @@ class LoweringRequest:
     kernel_compiler: KernelCompiler | None = None
 
 
-def lower_graphs(requests: Sequence[LoweringRequest], *, python: Path | None = None) -> list[LoweredGraph]:
+def require_torch_xla(python: Path | None) -> None:
+    """MissingPackageError or LoweringError for what can be told without starting the lowering process."""
+    if python is not None:
+        if not os.access(python, os.X_OK):
+            raise LoweringError(f"python: {python} can't be run. Make one: {INSTALL}.")
+        return
+    for name, need in (("torch_xla", TORCH_XLA_VERSION), ("torch", TORCH_VERSION)):
+        try:
+            got = version(name)
+        except PackageNotFoundError:
+            got = "not installed"
+        if got.split("+")[0] != need:
+            raise MissingPackageError(f"lowering: {name} is {got}, need {need}. Install it: {INSTALL}.")
+
+
+def lower_graphs(
+    requests: Sequence[LoweringRequest], *, python: Path | None = None, progress: Progress | None = None
+) -> list[LoweredGraph]:
     """Lower every request in one child process, in order.
 
     python: interpreter of an environment that has torch_xla; None = this one. torch_xla takes seconds to import, so
-    lowering many buckets at once is much faster than one by one.
+    lowering many buckets at once is much faster than one by one. progress: told about "lowering" while it goes on.
     Raises MissingPackageError, or LoweringError for the first graph that can't be lowered.
     """
     if not requests:
@@ -59,8 +81,16 @@ def lower_graphs(requests: Sequence[LoweringRequest], *, python: Path | None = N
                 f"factory: got something that can't be sent to the lowering process ({error}), need a function of a "
                 "module, or functools.partial of one."
             ) from error
+
+        def report() -> None:
+            if progress is not None:
+                progress("lowering", sum(1 for _ in folder.glob("*/manifest.json")), len(requests))
+
+        report()
         try:
-            done = run_child("compile.trace", [name], python=python, environment=CHILD_ENVIRONMENT)
+            done = run_child(
+                "compile.trace", [name], python=python, environment=CHILD_ENVIRONMENT, while_waiting=report
+            )
         except OSError as error:
             raise LoweringError(f"python: {python} can't be run ({error.strerror}). Make one: {INSTALL}.") from error
         status_file = folder / "status.json"
@@ -73,6 +103,7 @@ def lower_graphs(requests: Sequence[LoweringRequest], *, python: Path | None = N
             raise MissingPackageError(f"lowering: {status['missing']}. Install it: {INSTALL}.")
         if "error" in status:
             raise LoweringError(status["error"])
+        report()
         return [LoweredGraph.load(folder / str(i)) for i in range(len(requests))]
 
 

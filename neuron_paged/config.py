@@ -2,6 +2,7 @@
 """Engine settings: small frozen dataclasses, checked when made. Owns no defaults of models and no device choice."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from neuron_paged.errors import ConfigError
@@ -11,6 +12,8 @@ from neuron_paged.errors import ConfigError
 DEFAULT_MAX_MODEL_LEN = 8192
 # Each running sequence has a row in the engine's tables, set aside at the start.
 MAX_NUM_SEQS_LIMIT = 2**16
+EXECUTORS = ("eager", "hlo-cpu")
+GRAPH_KERNELS = ("cpu", "plain")
 KV_CACHE_DTYPES = ("auto", "fp32", "bf16", "fp16", "fp8")
 
 
@@ -82,6 +85,49 @@ class SchedulerConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"SchedulerConfig.{name}: got {getattr(self, name)!r}, need one of {allowed}.")
+
+
+@dataclass(frozen=True)
+class GraphConfig:
+    """How an executor of compiled graphs makes them.
+
+    executor: "eager" runs the model's step without graphs, on batches as they are; "hlo-cpu" lowers it for buckets and
+        runs the graphs on XLA:CPU.
+    buckets: names such as "decode_table-8x16" (compile.buckets); None makes ladders from the engine's limits.
+    kernels: what stands behind the operators' custom calls: "cpu", the fast CPU kernels; "plain": no custom calls, the
+        operators are lowered to plain operations.
+    python: interpreter of an environment with torch_xla, None = this one.
+    """
+
+    executor: Literal["eager", "hlo-cpu"] = "eager"
+    buckets: tuple[str, ...] | None = None
+    kernels: Literal["cpu", "plain"] = "cpu"
+    python: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("executor", EXECUTORS), ("kernels", GRAPH_KERNELS)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"GraphConfig.{name}: got {getattr(self, name)!r}, need one of {allowed}.")
+        if self.executor == "eager" and (self.buckets, self.kernels, self.python) != (None, "cpu", None):
+            raise ConfigError(
+                "GraphConfig.executor: got 'eager' with buckets, kernels or an interpreter for graphs; need executor="
+                "'hlo-cpu' with them."
+            )
+
+    def check_cache(self, cache: CacheConfig) -> None:
+        """ConfigError for caches that no graph can have."""
+        if self.executor == "eager":
+            return
+        if cache.kv_cache_dtype == "fp8":
+            raise ConfigError(
+                "kv_cache_dtype: got 'fp8', graphs need 'auto', 'fp32', 'bf16' or 'fp16': torch_xla 2.9, which lowers "
+                "them, has no fp8 tensors. executor='eager' has fp8 caches."
+            )
+        if cache.block_size & (cache.block_size - 1):
+            raise ConfigError(
+                f"block_size: got {cache.block_size}, graphs need a power of two: devices were reported to divide "
+                "integers by an fp32 reciprocal, which is exact for those only. executor='eager' takes any."
+            )
 
 
 @dataclass(frozen=True)

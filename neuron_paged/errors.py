@@ -44,6 +44,10 @@ class CheckpointError(NeuronPagedError, ValueError):
     """Checkpoint files are missing, truncated, of the wrong shape, or have unknown or missing names."""
 
 
+class GraphError(NeuronPagedError, RuntimeError):
+    """The graphs of an executor can't be lowered or compiled; says what to install or to change."""
+
+
 class StepError(NeuronPagedError, RuntimeError):
     """A model step failed. Its requests were ended and their blocks freed; the engine stays usable.
 

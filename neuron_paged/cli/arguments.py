@@ -5,7 +5,7 @@ import argparse
 from importlib.util import find_spec
 from typing import Any
 
-from neuron_paged.config import KV_CACHE_DTYPES
+from neuron_paged.config import EXECUTORS, GRAPH_KERNELS, KV_CACHE_DTYPES
 from neuron_paged.engine.sampling import SamplingParams
 from neuron_paged.errors import InvalidRequestError
 
@@ -62,6 +62,34 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-model-len", type=int, metavar="N", help="prompt plus output tokens of one sequence")
     group.add_argument("--preemption", choices=("recompute", "swap"), help="when blocks run out")
     group.add_argument("--policy", choices=("fcfs", "priority"), help="order of waiting requests")
+
+
+def add_graph_arguments(parser: argparse.ArgumentParser) -> None:
+    """How steps run: eagerly, or as compiled graphs."""
+    group = parser.add_argument_group("graphs")
+    group.add_argument(
+        "--executor", choices=EXECUTORS, default="eager",
+        help="eager runs steps as they come; hlo-cpu lowers the model into a static graph per bucket, as for a device, "
+        "and runs those on XLA:CPU (default: eager)",
+    )  # fmt: skip
+    group.add_argument(
+        "--graph-bucket", action="append", metavar="NAME",
+        help="a bucket, such as decode_table-8x16 or prefill_table-8x128x16, or a file of grids; repeatable "
+        "(default: ladders from the limits)",
+    )  # fmt: skip
+    group.add_argument("--graph-kernels", choices=GRAPH_KERNELS, help="behind the operators in graphs (default: cpu)")
+    group.add_argument("--graph-python", metavar="PATH", help="interpreter that has torch_xla (default: this one)")
+
+
+def graph_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The graph options that were given, as keyword arguments of LLM."""
+    given = {
+        "executor": args.executor,
+        "graph_buckets": args.graph_bucket,
+        "graph_kernels": args.graph_kernels,
+        "graph_python": args.graph_python,
+    }
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def engine_settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 from neuron_paged import __version__
 from neuron_paged.cli.arguments import (
     add_engine_arguments,
+    add_graph_arguments,
     add_model_arguments,
     add_sampling_arguments,
     engine_settings,
+    graph_settings,
     positive_int,
     sampling_params,
     set_threads,
@@ -50,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bars and no figures")
     add_model_arguments(parser)
     add_engine_arguments(parser)
+    add_graph_arguments(parser)
     add_sampling_arguments(parser)
 
 
@@ -65,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
 
     num_threads = set_threads(args.threads)
     progress = sys.stderr.isatty() and not args.quiet
-    llm = LLM(args.model, dtype=args.dtype, weight_dtype=args.weight_dtype, progress=progress, **engine_settings(args))
+    settings = {**engine_settings(args), **graph_settings(args)}
+    llm = LLM(args.model, dtype=args.dtype, weight_dtype=args.weight_dtype, progress=progress, **settings)
     rendered = [_render(llm, prompt, args) for prompt in prompts]
     headers = [prompt.text if prompt.text is not None else _last_message(prompt) for prompt in prompts]
 

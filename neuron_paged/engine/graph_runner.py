@@ -5,29 +5,40 @@ All graphs are lowered, checked and compiled before the first step; serving comp
 down a chain: a larger bucket, split rows, cut chunks, and at last the eager step on the same caches. Each is counted.
 """
 
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from compile.buckets import BucketGrid, DecodeTableBucket, PrefillTableBucket
+from compile.buckets import Bucket, BucketGrid, DecodeTableBucket, PrefillTableBucket
 from compile.executors import HloCpuRuntime, Kernel
 from compile.graph_lint import check_graph
 from compile.kernel_calls import StandInKernelCompiler
-from compile.lower import lower_graphs
+from compile.lower import Progress, lower_graphs
 from neuron_paged.config import CacheConfig
 from neuron_paged.engine.batch import Batch
 from neuron_paged.engine.executor import StepResult
-from neuron_paged.engine.model_runner import ModelRunner
-from neuron_paged.engine.packed_rows import PackedRows, TableBucket
+from neuron_paged.engine.graph_stats import GraphStats
+from neuron_paged.engine.model_runner import ModelRunner, to_step_logprobs
+from neuron_paged.engine.packed_rows import PackedRows, SamplingArrays, TableBucket
+from neuron_paged.engine.sampling_state import SamplingState
+from neuron_paged.engine.sampling_tensors import build_sampling_tensors, sampling_columns
 from neuron_paged.errors import ConfigError
-from neuron_paged.models.graph_step import OUTPUT, GraphModel, cache_name, graph_spec, lowering_request, step_class
+from neuron_paged.models.graph_step import (
+    LOGITS,
+    TOKEN_IDS,
+    GraphBucket,
+    GraphModel,
+    GraphStep,
+    cache_name,
+    graph_spec,
+    lowering_request,
+)
 from neuron_paged.models.inputs import AttentionInputs
-from neuron_paged.models.sampler import SamplingTensors
+from neuron_paged.models.sampler import UNSETTLED, SamplingColumns, sample
 from neuron_paged.models.step import ModelStep
 from neuron_paged.ops.host_kernels import as_array, as_tensor
 
@@ -35,29 +46,32 @@ if TYPE_CHECKING:
     from neuron_paged.models.llama import LlamaModel
 
 
-@dataclass
-class GraphStats:
-    """runs: per bucket name. fallbacks: "larger" (a decode step ran in a prefill bucket), "split", "chunk", "eager"
-    (nothing fits) and "sampling" (a step whose sampling graphs don't have, run eagerly as a whole). padding: elements
-    added per dimension of a bucket; needed: elements that were wanted."""
+class _Part(NamedTuple):
+    """What one graph gave: token_ids i32 [R], logits f32 [R, V]."""
 
-    runs: Counter[str] = field(default_factory=Counter)
-    fallbacks: Counter[str] = field(default_factory=Counter)
-    padding: Counter[str] = field(default_factory=Counter)
-    needed: Counter[str] = field(default_factory=Counter)
+    token_ids: np.ndarray
+    logits: np.ndarray
 
-    def count(self, need: TableBucket, bucket: TableBucket) -> None:
-        self.runs[bucket.name] += 1
-        self.padding.update({f"{bucket.KIND}.{name}": n for name, n in bucket.padding(need).items()})
-        self.needed.update({f"{bucket.KIND}.{name}": n for name, n in need.dimensions().items()})
+
+def graph_model(model: "LlamaModel", config: CacheConfig) -> GraphModel:
+    """What the graphs of a model depend on; config: num_blocks set."""
+    if config.num_blocks is None:
+        raise ConfigError("CacheConfig.num_blocks: got None, need a number of blocks; size the cache first.")
+    dtype = str(model.dtype).removeprefix("torch.")
+    names = {"auto": dtype, "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+    max_positions = model.rotary_emb.cos_sin_cache.shape[0]
+    return GraphModel(
+        model.config, dtype, max_positions, config.block_size, config.num_blocks, names[config.kv_cache_dtype]
+    )
 
 
 class GraphRunner:
     """Runs batches through compiled graphs.
 
     model: with its weights, on the CPU and not prepared for it (load_model(…, prepare=False)). config: num_blocks set.
-    decode, prefill: the buckets. kernels: what stands behind the operators' custom calls; None lowers them to plain
-    operations instead. python: interpreter with torch_xla, None = this one.
+    buckets: of any kinds that graph_step knows. kernels: what stands behind the operators' custom calls; None lowers
+    them to plain operations instead. python: interpreter with torch_xla, None = this one. progress: called with
+    ("lowering" or "compiling", graphs done, graphs in all).
     Raises CompileError and its subclasses, ConfigError.
     """
 
@@ -65,34 +79,31 @@ class GraphRunner:
         self,
         model: "LlamaModel",
         config: CacheConfig,
-        decode: BucketGrid[DecodeTableBucket],
-        prefill: BucketGrid[PrefillTableBucket],
+        buckets: Sequence[GraphBucket],
         *,
         kernels: Mapping[str, Kernel] | None,
         python: Path | None = None,
+        progress: Progress | None = None,
     ) -> None:
-        if config.num_blocks is None:
-            raise ConfigError("CacheConfig.num_blocks: got None, need a number of blocks; size the cache first.")
-        self._eager = ModelRunner(model, config)
-        self._decode, self._prefill, self._block_size = decode, prefill, config.block_size
-        self.stats = GraphStats()
-        names = {dtype: str(dtype).removeprefix("torch.") for dtype in (model.dtype, self._eager.kv_caches[0].dtype)}
-        self.graph_model = GraphModel(
-            model.config,
-            names[model.dtype],
-            model.rotary_emb.cos_sin_cache.shape[0],
-            config.block_size,
-            config.num_blocks,
-            names[self._eager.kv_caches[0].dtype],
-        )
-        buckets: list[TableBucket] = [*decode, *prefill]
+        self.graph_model = graph_model(model, config)
+        self._decode, self._prefill = _grid(buckets, DecodeTableBucket), _grid(buckets, PrefillTableBucket)
+        self._block_size = config.block_size
+        self.graph_stats = GraphStats()
+        self.runtime = HloCpuRuntime(kernels or {})  # first: what it may miss shows before any work is done
         compiler = None if kernels is None else StandInKernelCompiler()
-        graphs = lower_graphs([lowering_request(self.graph_model, b, compiler) for b in buckets], python=python)
-        self.runtime = HloCpuRuntime(kernels or {})
-        for graph in graphs:
+        requests = [lowering_request(self.graph_model, bucket, compiler) for bucket in buckets]
+        graphs = lower_graphs(requests, python=python, progress=progress)
+        self._executables = {}
+        for number, (bucket, graph) in enumerate(zip(buckets, graphs, strict=True)):
+            if progress is not None:
+                progress("compiling", number, len(graphs))
             check_graph(graph)
-        self._executables = {b.name: self.runtime.load(g) for b, g in zip(buckets, graphs, strict=True)}
-        step = step_class(buckets[0])(model)
+            self._executables[bucket.name] = self.runtime.load(graph)
+        if progress is not None:
+            progress("compiling", len(graphs), len(graphs))
+        self.graph_stats.num_compiles = self.runtime.num_compiles
+        self._eager = ModelRunner(model, config)
+        step = GraphStep(model, buckets[0])
         self._weights = {name: self.runtime.share(as_array(p.detach())) for name, p in step.named_parameters()}
         self._state: dict[str, Any] = {}
         for layer, spec in enumerate(graph_spec(self.graph_model, buckets[0]).state):
@@ -105,56 +116,98 @@ class GraphRunner:
         """The caches' memory."""
         return self._eager.kv_caches
 
+    def warm_up(self) -> None:
+        """Compile the CPU kernels that fallbacks and custom calls use."""
+        self._eager.warm_up()
+
     def execute(self, batch: Batch) -> StepResult:
         """Move blocks, then run the step in as many graphs as it takes."""
-        if batch.prompt_logprobs or not all(s.sampling_params.is_argmax for s in batch.sample_sequences):
-            self.stats.fallbacks["sampling"] += 1
+        if batch.prompt_logprobs:
+            self.graph_stats.fallbacks["prompt_logprobs"] += 1
             return self._eager.execute(batch)
+        num_rows = len(batch.logits_indices)
+        in_graph = _is_in_graph(batch)
+        if in_graph:
+            columns = sampling_columns(batch.sample_sequences, self.graph_model.config.vocab_size)
+            sampling = SamplingArrays(**columns)
+        else:
+            sampling = SamplingArrays.greedy(num_rows)
         with torch.inference_mode():
             self._eager.move_blocks(batch)
-            token_ids = self._run(PackedRows.of(batch))
-        return StepResult(token_ids[batch.sample_rows])
+            parts = self._run(PackedRows.of(batch, sampling))
+            if in_graph:
+                token_ids = np.concatenate([part.token_ids for part in parts])
+                if not (token_ids == UNSETTLED).any():
+                    return StepResult(token_ids)
+            return self._sample(batch, np.concatenate([part.logits for part in parts]))
 
-    def _run(self, rows: PackedRows) -> np.ndarray:
-        """Token ids of rows.logits_tokens, in order."""
+    def _sample(self, batch: Batch, logits: np.ndarray) -> StepResult:
+        """Draw all tokens from the logits by the eager sampler."""
+        self.graph_stats.fallbacks["sampling"] += 1
+        start = time.perf_counter()
+        tensors = build_sampling_tensors(batch.sample_sequences, self.graph_model.config.vocab_size)
+        output = sample(torch.from_numpy(logits[batch.sample_rows]), tensors)
+        token_ids = output.token_ids.numpy().astype(np.int32)
+        logprobs = None
+        if output.logprobs is not None and tensors.logprob_rows is not None:
+            rows = tensors.logprob_rows.numpy().astype(np.int32)
+            logprobs = to_step_logprobs(output.logprobs, rows, token_ids[rows])
+        return StepResult(token_ids, logprobs, None, time.perf_counter() - start)
+
+    def _run(self, rows: PackedRows) -> list[_Part]:
+        """Results of rows.logits_tokens, in order."""
         need = rows.need(self._block_size)
         bucket = self._pick(need)
         if bucket is not None:
             exact: TableBucket = need
             if type(bucket) is not type(need):
-                self.stats.fallbacks["larger"] += 1
+                self.graph_stats.fallbacks["larger"] += 1
                 exact = PrefillTableBucket(rows.num_seqs, rows.num_tokens, need.max_blocks_per_seq)
-            self.stats.count(exact, bucket)
+            self.graph_stats.count(exact, bucket)
             inputs = rows.padded(bucket, self._block_size)
             results = self._executables[bucket.name].run(inputs, self._weights, self._state)
-            return results[OUTPUT][: len(rows.logits_tokens)]
+            count = len(rows.logits_tokens)
+            return [_Part(results[TOKEN_IDS][:count], results[LOGITS][:count])]
         if rows.num_seqs > 1:
-            self.stats.fallbacks["split"] += 1
+            self.graph_stats.fallbacks["split"] += 1
             middle = rows.num_seqs // 2
-            return np.concatenate([self._run(rows.rows(0, middle)), self._run(rows.rows(middle, rows.num_seqs))])
+            return self._run(rows.rows(0, middle)) + self._run(rows.rows(middle, rows.num_seqs))
         limit = self._longest_chunk(need.max_blocks_per_seq)
         if 0 < limit < rows.num_tokens:
-            self.stats.fallbacks["chunk"] += 1
-            return np.concatenate([self._run(part) for part in rows.chunks(limit)])
-        self.stats.fallbacks["eager"] += 1
-        return self._run_eagerly(rows)
+            self.graph_stats.fallbacks["chunk"] += 1
+            return [part for chunk in rows.chunks(limit) for part in self._run(chunk)]
+        self.graph_stats.fallbacks["eager"] += 1
+        return [self._run_eagerly(rows)]
 
     def _pick(self, need: TableBucket) -> TableBucket | None:
-        if isinstance(need, PrefillTableBucket):
-            return self._prefill.pick(need)
-        found = self._decode.pick(need)
-        if found is not None:
-            return found
-        return self._prefill.pick(PrefillTableBucket(need.num_seqs, need.num_seqs, need.max_blocks_per_seq))
+        if isinstance(need, DecodeTableBucket):
+            found = None if self._decode is None else self._decode.pick(need)
+            if found is not None:
+                return found
+            need = PrefillTableBucket(need.num_seqs, need.num_seqs, need.max_blocks_per_seq)
+        return None if self._prefill is None else self._prefill.pick(need)
 
     def _longest_chunk(self, width: int) -> int:
         """Tokens of one sequence with `width` blocks that some prefill bucket takes; 0 if none does."""
-        return max((b.num_tokens for b in self._prefill if b.max_blocks_per_seq >= width), default=0)
+        return max((b.num_tokens for b in self._prefill or () if b.max_blocks_per_seq >= width), default=0)
 
-    def _run_eagerly(self, rows: PackedRows) -> np.ndarray:
-        tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in rows]
+    def _run_eagerly(self, rows: PackedRows) -> _Part:
+        tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in rows[:-1]]
+        columns = SamplingColumns(*map(torch.from_numpy, rows.sampling))
         token_ids, positions, slots, table, lens, starts, logits_tokens = tensors
         inputs = AttentionInputs(slots, table, lens, starts)
         step = ModelStep(self._eager.model)
-        output = step(token_ids, positions, inputs, logits_tokens, None, SamplingTensors(), self._eager.kv_caches)
-        return output.token_ids.numpy().astype(np.int32)
+        drawn, logits = step.sample(token_ids, positions, inputs, logits_tokens, columns, self._eager.kv_caches)
+        return _Part(drawn.numpy().astype(np.int32), logits.numpy())
+
+
+def _is_in_graph(batch: Batch) -> bool:
+    """Whether graphs can draw all samples: one per row of logits, nothing but temperature and filters."""
+    states: list[SamplingState] = [sequence.sampling_params for sequence in batch.sample_sequences]
+    one_each = len(batch.sample_rows) == len(batch.logits_indices)
+    return one_each and not any(s.params.changes_logits or s.params.needs_logprobs for s in states)
+
+
+def _grid(buckets: Sequence[Bucket], kind: type) -> BucketGrid[Any] | None:
+    found = [bucket for bucket in buckets if isinstance(bucket, kind)]
+    return BucketGrid(found) if found else None

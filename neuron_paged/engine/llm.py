@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from neuron_paged.config import CacheConfig, EngineConfig, SchedulerConfig
+from neuron_paged.config import CacheConfig, EngineConfig, GraphConfig, SchedulerConfig
 from neuron_paged.engine.cache_sizing import choose_num_blocks
 from neuron_paged.engine.llm_engine import LLMEngine
 from neuron_paged.engine.outbox import Outbox
@@ -35,7 +35,10 @@ class LLM:
     seed: of the generator that gives requests without a seed theirs. engine_settings: any field of CacheConfig and
     SchedulerConfig; max_model_len defaults to what the model allows, at most config.DEFAULT_MAX_MODEL_LEN; num_blocks
     to a quarter of the free memory.
-    Raises ModelNotFoundError, UnsupportedModelError, CheckpointError, ConfigError.
+    executor: "eager" runs steps as they come; "hlo-cpu" lowers the model into one static graph per bucket, as for a
+    device, and runs those on XLA:CPU. graph_buckets: names of compile.buckets ("decode_table-8x16"), None = ladders
+    from the limits. graph_kernels, graph_python: see GraphConfig.kernels and .python.
+    Raises ModelNotFoundError, UnsupportedModelError, CheckpointError, ConfigError, GraphError.
     """
 
     def __init__(
@@ -46,18 +49,29 @@ class LLM:
         weight_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
         seed: int | None = 0,
         progress: bool = True,
+        executor: Literal["eager", "hlo-cpu"] = "eager",
+        graph_buckets: Sequence[str] | None = None,
+        graph_kernels: Literal["cpu", "plain"] = "cpu",
+        graph_python: str | Path | None = None,
         **engine_settings: Any,
     ) -> None:
         cache, scheduler = _split_settings(engine_settings)
-        from neuron_paged.engine.model_runner import ModelRunner, block_bytes
+        graphs = _graph_config(executor, graph_buckets, graph_kernels, graph_python)
+        graphs.check_cache(CacheConfig(**cache))
+        if executor != "eager" and weight_dtype != "auto":
+            raise ConfigError(f"weight_dtype: got {weight_dtype!r}, graphs need 'auto': they store weights in dtype.")
+        from neuron_paged.engine.make_executor import make_executor, require_graph_packages
+        from neuron_paged.engine.model_runner import block_bytes
         from neuron_paged.models.loader import load_model
 
+        require_graph_packages(graphs)
         loaded = load_model(
             model,
             dtype=dtype,
             weight_dtype=weight_dtype,
             progress=progress,
             max_model_len=scheduler.get("max_model_len"),
+            prepare=executor == "eager",
         )
         scheduler_config = SchedulerConfig(**(scheduler | {"max_model_len": loaded.max_model_len}))
         cache_config = CacheConfig(**cache)
@@ -65,9 +79,8 @@ class LLM:
             cache_config, scheduler_config, block_bytes(loaded.model, cache_config), available_memory_bytes()
         )
         config = EngineConfig(replace(cache_config, num_blocks=num_blocks), scheduler_config)
-        with _note_if_slow("Compiling the CPU kernels, once on this machine ...", progress):
-            runner = ModelRunner(loaded.model, config.cache)
-            runner.warm_up()
+        with _note_if_slow("Compiling the CPU kernels, once on this machine ...", progress and executor == "eager"):
+            runner = make_executor(loaded.model, config, graphs, progress=progress)
         self.engine = LLMEngine(
             config,
             runner,
@@ -281,6 +294,16 @@ def _split_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
     scheduler = {name: value for name, value in settings.items() if name in _SCHEDULER_SETTINGS}
     EngineConfig(CacheConfig(**cache), SchedulerConfig(**scheduler))  # wrong values show before a model is loaded
     return cache, scheduler
+
+
+def _graph_config(executor: Any, buckets: Sequence[str] | None, kernels: Any, python: str | Path | None) -> GraphConfig:
+    if buckets is not None:
+        from neuron_paged.engine.graph_buckets import named_buckets
+
+        named_buckets(buckets)  # wrong names show before a model is loaded
+    return GraphConfig(
+        executor, None if buckets is None else tuple(buckets), kernels, None if python is None else Path(python)
+    )
 
 
 def _as_list(name: str, values: Any) -> Sequence[Any]:

@@ -63,7 +63,7 @@ class LLMEngine:
         self.vocab_size = vocab_size
         self.eos_token_ids = tuple(eos_token_ids)
         self.scheduler = Scheduler(config.scheduler, config.cache)
-        self.metrics = EngineMetrics()
+        self.metrics = EngineMetrics(graphs=getattr(executor, "graph_stats", None))
         self._seeds = np.random.default_rng(seed)
         self._requests: dict[str, Request] = {}
         self._completions: dict[int, Completion] = {}  # of unfinished sequences, by seq_id

@@ -5,6 +5,7 @@ import bisect
 from collections import Counter
 from dataclasses import dataclass, field
 
+from neuron_paged.engine.graph_stats import GraphStats
 from neuron_paged.engine.scheduler import Scheduler, SchedulerOutput
 from neuron_paged.engine.sequence import SequenceStatus
 
@@ -61,6 +62,7 @@ class EngineMetrics:
     num_generated_tokens sampled, num_computed_tokens over all steps (recomputation included). num_preempted_swap and
     num_preempted_recompute: lost places; blocks: moved. phase_s: seconds by phase of a step. time_to_first_token_s,
     time_per_output_token_s, request_s: one value per request, seconds. step_s, step_tokens, step_seqs: one per step.
+    graphs: the counters of an executor that runs compiled graphs.
     """
 
     num_requests_received: int = 0
@@ -92,6 +94,8 @@ class EngineMetrics:
     time_to_first_token_s: Histogram = field(default_factory=_time_histogram)
     time_per_output_token_s: Histogram = field(default_factory=_time_histogram)
     request_s: Histogram = field(default_factory=_time_histogram)
+
+    graphs: GraphStats | None = None
 
     def record_step(self, scheduler: Scheduler, output: SchedulerOutput, phase_s: dict[str, float]) -> None:
         """Count a step that was committed. phase_s: seconds of each of STEP_PHASES that applies."""
@@ -157,7 +161,7 @@ class EngineMetrics:
         """All of it as plain values, fit for JSON."""
         values: dict[str, object] = {}
         for name, value in vars(self).items():
-            if isinstance(value, Histogram):
+            if isinstance(value, Histogram | GraphStats):
                 values[name] = value.snapshot()
             else:
                 values[name] = dict(value) if isinstance(value, dict) else value

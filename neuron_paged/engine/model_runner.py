@@ -105,10 +105,10 @@ class ModelRunner:
         logprobs = prompt_logprobs = None
         if output.logprobs is not None and sampling.logprob_rows is not None:
             rows = sampling.logprob_rows.numpy().astype(np.int32)
-            logprobs = _to_numpy(output.logprobs, rows, token_ids[rows])
+            logprobs = to_step_logprobs(output.logprobs, rows, token_ids[rows])
         if output.prompt_logprobs is not None and prompt is not None:
             rows = np.arange(len(prompt.token_ids), dtype=np.int32)
-            prompt_logprobs = _to_numpy(output.prompt_logprobs, rows, prompt.token_ids.numpy().astype(np.int32))
+            prompt_logprobs = to_step_logprobs(output.prompt_logprobs, rows, prompt.token_ids.numpy().astype(np.int32))
         return StepResult(token_ids, logprobs, prompt_logprobs, sample_s)
 
     def move_blocks(self, batch: Batch) -> None:
@@ -161,7 +161,8 @@ def _logits_tensors(batch: Batch) -> tuple[Tensor, Tensor | None, PromptLogprobT
     return torch.from_numpy(indices), None if is_identity else torch.from_numpy(rows), prompt
 
 
-def _to_numpy(logprobs: Logprobs, rows: np.ndarray, token_ids: np.ndarray) -> StepLogprobs:
+def to_step_logprobs(logprobs: Logprobs, rows: np.ndarray, token_ids: np.ndarray) -> StepLogprobs:
+    """The sampler's logprobs as the engine takes them; rows, token_ids i32 [Q]."""
     return StepLogprobs(
         rows,
         token_ids,

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from neuron_paged.engine.sampling import SamplingParams
 from neuron_paged.engine.sampling_state import EditRow, SamplingState
 from neuron_paged.engine.sequence import Sequence
 from neuron_paged.models.sampler import Filters, LogitEdits, SamplingTensors
@@ -31,6 +32,25 @@ def build_sampling_tensors(sequences: SequenceOf[Sequence], vocab_size: int) -> 
     return SamplingTensors(**tensors)
 
 
+def sampling_columns(sequences: SequenceOf[Sequence], vocab_size: int) -> dict[str, np.ndarray]:
+    """Arrays of models.sampler.SamplingColumns, one sample per entry, as build_sampling_tensors has it. Leaves out
+    logit edits and logprobs."""
+    states: list[SamplingState] = [sequence.sampling_params for sequence in sequences]
+    params = [state.params for state in states]
+    return {
+        "temperature": np.array([0.0 if p.is_greedy else p.temperature for p in params], np.float32),
+        "uniform": np.array(_uniforms(sequences, states), np.float32),
+        "top_k": np.array([_top_k(p, vocab_size) for p in params], np.int32),
+        "top_p": np.array([p.top_p for p in params], np.float32),
+        "min_p": np.array([p.min_p for p in params], np.float32),
+    }
+
+
+def _top_k(params: SamplingParams, vocab_size: int) -> int:
+    """top_k, the vocabulary's size for "off"."""
+    return params.top_k if 0 < params.top_k < vocab_size else vocab_size
+
+
 def _random_tensors(
     sequences: SequenceOf[Sequence], states: list[SamplingState], vocab_size: int
 ) -> dict[str, Any]:
@@ -40,7 +60,7 @@ def _random_tensors(
     filters: list[tuple[int, float, float]] = []
     for row, state in enumerate(states):
         params = state.params
-        top_k = params.top_k if 0 < params.top_k < vocab_size else vocab_size
+        top_k = _top_k(params, vocab_size)
         if params.is_greedy:
             greedy.append(row)
         elif top_k == vocab_size and params.top_p == 1.0 and params.min_p == 0.0:

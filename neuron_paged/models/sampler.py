@@ -13,6 +13,8 @@ from torch import Tensor
 
 # In place of a token that can't be drawn. A marker among the ids, so that a step needs no further output for it.
 _NO_TOKEN = -1
+# In place of a token that sample_static's candidates don't settle; sample() draws it from the same logits.
+UNSETTLED = -2
 # Candidates tried in turn before a full sort. Measured on CPU (2 threads, [32, 49152] fp32): full sort 63 ms,
 # topk(64) 1.8 ms, the 64 largest through group maxima 0.5-0.9 ms, topk(1024) 6 ms.
 _NUM_CANDIDATES = (64, 1024)
@@ -67,6 +69,20 @@ class SamplingTensors(NamedTuple):
     num_logprobs: int = 0
 
 
+class SamplingColumns(NamedTuple):
+    """One sample per row of logits, parameters as columns [N]: what graphs take, whose shapes can't follow the batch.
+
+    temperature f32, 0 = greedy; uniform f32 in [0, 1); top_k i32, the vocabulary's size or more = off; top_p f32, 1 =
+    off; min_p f32, 0 = off.
+    """
+
+    temperature: Tensor
+    uniform: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+
+
 class Logprobs(NamedTuple):
     """Of the raw distribution: logprobs, ranks (1 = most likely) [Q] of given tokens; top_ids, top_logprobs [Q, K]."""
 
@@ -114,6 +130,34 @@ def _sample_by_kind(logits: Tensor, tensors: SamplingTensors, temperature: Tenso
             drawn = sample_filtered(part, temperature[rows], uniform[rows], tensors.filters)
         token_ids[rows] = drawn
     return token_ids
+
+
+def sample_static(logits: Tensor, columns: SamplingColumns) -> Tensor:
+    """sample() without data-dependent shapes: each row goes through every kind of sampling and keeps one.
+
+    logits [N, V] f32 -> i64 [N]: the token that sample() draws, -1 as there, UNSETTLED for a row whose filters may keep
+    more than the 64 largest logits. Ties are in order of ids where torch.topk is stable, as on XLA.
+    """
+    vocab_size = logits.shape[1]
+    greedy = columns.temperature == 0
+    temperature = torch.where(greedy, torch.ones_like(columns.temperature), columns.temperature)
+    plain = _sample_plain_part(logits, temperature, columns.uniform)
+    num_candidates = _NUM_CANDIDATES[0] if _NUM_CANDIDATES[0] * 4 <= vocab_size else vocab_size
+    values, ids = torch.topk(logits, num_candidates, dim=-1)
+    filters = Filters(columns.top_k.long(), columns.top_p, columns.min_p)
+    total = _softmax_total([torch.softmax(logits / temperature[:, None], -1).amax(-1)])
+    position, settled, mass = _sample_prefix(values, temperature, columns.uniform, filters, total, vocab_size)
+    filtered = _mark(ids.gather(1, position[:, None]).squeeze(1), mass)
+    if num_candidates < vocab_size:
+        filtered = torch.where(settled, filtered, torch.full_like(filtered, UNSETTLED))
+    is_plain = (columns.top_k >= vocab_size) & (columns.top_p >= 1) & (columns.min_p <= 0)
+    return torch.where(greedy, argmax(logits), torch.where(is_plain, plain, filtered))
+
+
+def _softmax_total(largest: list[Tensor]) -> Tensor:
+    """The sum of exp((logit - max) / temperature), through the largest probability: softmax is one fused pass."""
+    together = torch.cat(largest)
+    return torch.ones_like(together) / together  # reciprocal() is lowered in float64
 
 
 def apply_edits(logits: Tensor, edits: LogitEdits) -> Tensor:
@@ -201,9 +245,7 @@ def sample_filtered(logits: Tensor, temperature: Tensor, uniform: Tensor, filter
     token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     total = None
     if bool(((filters.top_k >= vocab_size) & (filters.top_p < 1)).any()):
-        # The sum of exp((logit - max) / temperature), through the largest probability: softmax is one fused pass.
-        largest = [torch.softmax(logits[p] / temperature[p, None], -1).amax(-1) for p in _parts(logits)]
-        total = torch.cat(largest).reciprocal()
+        total = _softmax_total([torch.softmax(logits[p] / temperature[p, None], -1).amax(-1) for p in _parts(logits)])
     open_rows = torch.arange(num_rows, device=logits.device)
     for num_candidates in (*_NUM_CANDIDATES, vocab_size):
         if num_candidates * 4 > vocab_size:
@@ -251,7 +293,8 @@ def _sample_prefix(
     kept_mass = cdf.gather(1, num_kept - 1)
     position = (cdf <= uniform[:, None] * kept_mass).sum(-1)
     seen = mass.squeeze(1) + cdf[:, -1]
-    return torch.minimum(position, num_kept.squeeze(1) - 1), settled | ~seen.isfinite(), seen
+    not_finite = (seen - seen) != 0  # isfinite() is lowered in float64
+    return torch.minimum(position, num_kept.squeeze(1) - 1), settled | not_finite, seen
 
 
 def sorted_candidates(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from neuron_paged.models.inputs import AttentionInputs
-from neuron_paged.models.sampler import Logprobs, SamplerOutput, SamplingTensors, compute_logprobs, sample
+from neuron_paged.models.sampler import (
+    Logprobs,
+    SamplerOutput,
+    SamplingColumns,
+    SamplingTensors,
+    compute_logprobs,
+    sample,
+    sample_static,
+)
 
 # Prompt logprobs need a row of logits per prompt token; so many rows at a time bound the memory (64 rows of 152k
 # logits are 39 MB).
@@ -53,6 +61,23 @@ class ModelStep:
 
     def __init__(self, model: PagedModel) -> None:
         self.model = model
+
+    def sample(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        inputs: AttentionInputs,
+        logits_indices: Tensor | None,
+        columns: SamplingColumns,
+        kv_caches: list[Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """The step without data-dependent shapes, one sample per row of logits: token ids i64 [R] as sample_static
+        gives them, logits [R, V] fp32. The other arguments are those of a call."""
+        hidden = self.model(token_ids, positions, inputs, kv_caches)
+        logits = self.model.compute_logits(hidden if logits_indices is None else hidden.index_select(0, logits_indices))
+        if logits.shape[0] == 0:  # only prefill chunks that do not reach the last token
+            return columns.top_k.long(), logits
+        return sample_static(logits, columns), logits
 
     def __call__(
         self,

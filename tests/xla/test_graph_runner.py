@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from compile.buckets import decode_table_grid, prefill_table_grid
 from neuron_paged.config import CacheConfig, EngineConfig, SchedulerConfig
-from neuron_paged.engine.graph_runner import GraphRunner, GraphStats
+from neuron_paged.engine.graph_runner import GraphRunner
 from neuron_paged.engine.llm_engine import LLMEngine
 from neuron_paged.engine.model_runner import ModelRunner
 from neuron_paged.engine.sampling import SamplingParams
@@ -23,9 +23,8 @@ SCHEDULER = SchedulerConfig(max_num_seqs=6, max_num_batched_tokens=40, max_model
 
 
 def make_runner(kernels: bool) -> GraphRunner:
-    decode = decode_table_grid([2, 4], [2, 4])
-    prefill = prefill_table_grid([1, 4], [16], [4])
-    return GraphRunner(make_model(), CACHE, decode, prefill, kernels=CPU_KERNELS if kernels else None)
+    buckets = [*decode_table_grid([2, 4], [2, 4]), *prefill_table_grid([1, 4], [16], [4])]
+    return GraphRunner(make_model(), CACHE, buckets, kernels=CPU_KERNELS if kernels else None)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +54,7 @@ def reset(runner: GraphRunner) -> None:
     """As new: zeroed caches and counters."""
     for cache in runner.kv_caches:
         cache.zero_()
-    runner.stats = GraphStats()
+    runner.graph_stats.reset()
 
 
 TRAFFIC = [(0, list(range(3, 10)), 20), (0, list(range(40, 63)), 15), (2, [5] * 30, 12), (3, [9, 8], 25),
@@ -72,10 +71,10 @@ def test_continuous_batching_equals_the_eager_engine(runners: dict[str, GraphRun
     assert len({tuple(tokens) for output in expected.values() for tokens in output}) == len(TRAFFIC)
     assert runner.runtime.num_compiles == 6  # one per bucket, none while serving
     assert [cache.data_ptr() for cache in runner.kv_caches] == addresses
-    assert len(runner.stats.runs) >= 4 and not runner.stats.fallbacks["sampling"]
+    assert len(runner.graph_stats.runs) >= 4 and not runner.graph_stats.fallbacks["sampling"]
     # More than four sequences, and more than 16 tokens at once, fit no bucket.
-    assert runner.stats.fallbacks["split"] and runner.stats.fallbacks["chunk"]
-    assert runner.stats.padding["decode_table.num_seqs"] and runner.stats.needed["decode_table.num_seqs"]
+    assert runner.graph_stats.fallbacks["split"] and runner.graph_stats.fallbacks["chunk"]
+    assert runner.graph_stats.padding["decode_table.num_seqs"] and runner.graph_stats.needed["decode_table.num_seqs"]
 
 
 def test_a_sequence_that_outgrows_every_bucket_finishes(runners: dict[str, GraphRunner]) -> None:
@@ -83,26 +82,68 @@ def test_a_sequence_that_outgrows_every_bucket_finishes(runners: dict[str, Graph
     reset(runner)
     traffic = [(0, list(range(20, 50)), 30)]  # 60 tokens: 8 blocks, buckets have 4
     assert serve(runner, traffic) == serve(ModelRunner(make_model(), CACHE), traffic)
-    assert runner.stats.fallbacks["eager"] > 20
+    assert runner.graph_stats.fallbacks["eager"] > 20
 
 
-def test_samplings_that_graphs_lack_run_eagerly(runners: dict[str, GraphRunner]) -> None:
+SAMPLED = [
+    {"temperature": 1.0, "seed": 3},
+    {"temperature": 0.7, "top_k": 5, "seed": 4},
+    {"temperature": 1.3, "top_p": 0.6, "min_p": 0.05, "seed": 5},
+]
+
+
+@pytest.mark.parametrize("way", ["kernels", "plain"])
+@pytest.mark.parametrize("params", SAMPLED, ids=["plain", "top_k", "top_p_min_p"])
+def test_random_sampling_in_graphs_equals_the_eager_engine(runners: dict[str, GraphRunner], params, way: str) -> None:
+    runner = runners[way]
+    reset(runner)
+    assert serve(runner, TRAFFIC, **params) == serve(ModelRunner(make_model(), CACHE), TRAFFIC, **params)
+    assert runner.graph_stats.runs and not runner.graph_stats.fallbacks["sampling"]
+
+
+LACKING = [
+    ({"temperature": 1.0, "seed": 3, "n": 2}, "sampling"),
+    ({"temperature": 0.8, "repetition_penalty": 1.2, "seed": 1}, "sampling"),
+    ({"logprobs": 2}, "sampling"),
+    ({"prompt_logprobs": 1}, "prompt_logprobs"),
+]
+
+
+@pytest.mark.parametrize(("params", "fallback"), LACKING, ids=["n", "penalty", "logprobs", "prompt_logprobs"])
+def test_samplings_that_graphs_lack_are_counted(runners: dict[str, GraphRunner], params, fallback: str) -> None:
+    """Drawn by the eager sampler from the graphs' logits, except for prompt logprobs, whose steps run eagerly."""
     runner = runners["kernels"]
     reset(runner)
-    settings = {"temperature": 1.0, "seed": 3, "n": 2}
-    assert serve(runner, TRAFFIC[:2], **settings) == serve(ModelRunner(make_model(), CACHE), TRAFFIC[:2], **settings)
-    assert runner.stats.fallbacks["sampling"] and not runner.stats.runs
+    assert serve(runner, TRAFFIC[:2], **params) == serve(ModelRunner(make_model(), CACHE), TRAFFIC[:2], **params)
+    assert runner.graph_stats.fallbacks[fallback] and runner.graph_stats.runs
+
+
+def test_counters_are_engine_metrics(runners: dict[str, GraphRunner]) -> None:
+    runner = runners["kernels"]
+    reset(runner)
+    engine = LLMEngine(EngineConfig(CACHE, SCHEDULER), runner, vocab_size=300)
+    engine.add_request("a", {"prompt_token_ids": [5] * 9}, SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
+    while engine.has_unfinished_requests():
+        engine.step()
+    graphs = engine.metrics.snapshot()["graphs"]
+    assert graphs["num_compiles"] == 6 and graphs["fallbacks"] == {}
+    assert graphs["runs"] == {"prefill_table-1x16x4": 1, "decode_table-2x2": 2}
+    assert graphs["padding_waste"] == {
+        "decode_table.max_blocks_per_seq": 0, "decode_table.num_seqs": 0.5, "prefill_table.max_blocks_per_seq": 0.5,
+        "prefill_table.num_seqs": 0, "prefill_table.num_tokens": 7 / 16,
+    }  # fmt: skip
 
 
 REQUEST = st.tuples(st.integers(0, 12), st.lists(st.integers(0, 299), min_size=1, max_size=40), st.integers(1, 20))
+PARAMS = st.sampled_from([{}, *SAMPLED])
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(requests=st.lists(REQUEST, min_size=1, max_size=6), way=st.sampled_from(["kernels", "plain"]))
-def test_random_traffic_equals_the_eager_engine(runners: dict[str, GraphRunner], requests, way: str) -> None:
+@given(requests=st.lists(REQUEST, min_size=1, max_size=6), way=st.sampled_from(["kernels", "plain"]), params=PARAMS)
+def test_random_traffic_equals_the_eager_engine(runners: dict[str, GraphRunner], requests, way: str, params) -> None:
     runner = runners[way]
     reset(runner)
-    assert serve(runner, requests) == serve(ModelRunner(make_model(), CACHE), requests)
+    assert serve(runner, requests, **params) == serve(ModelRunner(make_model(), CACHE), requests, **params)
     assert runner.runtime.num_compiles == 6
 
 

@@ -15,12 +15,14 @@ from compile.hlo_edit import must_alias
 from compile.kernel_calls import KernelCall, StandInKernelCompiler
 from compile.lowered_graph import LoweredGraph
 from compile.trace import trace
-from neuron_paged.models.graph_step import DecodeStep, PrefillStep, graph_spec, lowering_request
+from neuron_paged.engine.packed_rows import SamplingArrays
+from neuron_paged.models.graph_step import GraphStep, graph_spec, lowering_request
 from neuron_paged.ops.host_kernels import CPU_KERNELS, as_tensor
 from tests.xla.tiny_model import BLOCK_SIZE, GRAPH_MODEL, NUM_BLOCKS, decode_inputs, make_model
 
 DECODE, PREFILL = DecodeTableBucket(5, 4), PrefillTableBucket(3, 16, 4)
 SPEC = graph_spec(GRAPH_MODEL, DECODE)
+GREEDY = SamplingArrays.greedy(DECODE.num_seqs)._asdict()
 
 
 class Machine:
@@ -28,7 +30,7 @@ class Machine:
 
     def __init__(self, bucket: DecodeTableBucket | PrefillTableBucket) -> None:
         self.model = make_model()
-        self.step = (DecodeStep if bucket is DECODE else PrefillStep)(self.model)
+        self.step = GraphStep(self.model, bucket)
         self.runtime = HloCpuRuntime(CPU_KERNELS)
         self.weights = {name: self.runtime.share(p.detach().numpy()) for name, p in self.step.named_parameters()}
         self.graphs = {
@@ -42,7 +44,7 @@ class Machine:
 
     def eager(self, inputs: dict[str, np.ndarray], caches: list[torch.Tensor]) -> np.ndarray:
         with torch.inference_mode():
-            return self.step(*map(torch.from_numpy, inputs.values()), *caches).numpy()
+            return self.step(*map(torch.from_numpy, inputs.values()), *caches)[0].numpy()
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,7 @@ def test_greedy_decode_equals_eager_over_steps_with_changing_tables(decode: Mach
     for step in range(12):
         lens = [int(n) for n in rng.integers(1, 4 * BLOCK_SIZE, 5)]
         lens[step % 5] = 0  # a padded row
-        inputs = decode_inputs(rng, lens, token_ids, DECODE.max_blocks_per_seq)
+        inputs = decode_inputs(rng, lens, token_ids, DECODE.max_blocks_per_seq) | GREEDY
         expected = decode.eager(inputs, eager_caches)
         got = decode.executables[way].run(inputs, decode.weights, state)["sampled_token_ids"]
         live = np.array(lens) > 0
@@ -101,6 +103,7 @@ def test_packed_prefill_with_padding_equals_eager(way: str) -> None:
         "token_ids": rng.integers(0, 300, 16).astype(np.int32), "positions": positions, "slot_mapping": slots,
         "block_table": table, "context_lens": np.array([20, 5, 0], np.int32),
         "cu_seqlens_q": np.array([0, 9, 14, 14], np.int32), "logits_indices": np.array([8, 13, 0], np.int32),
+        **SamplingArrays.greedy(3)._asdict(),
     }  # fmt: skip
     expected = machine.eager(inputs, eager_caches)
     got = machine.executables[way].run(inputs, machine.weights, state)["sampled_token_ids"]
@@ -112,7 +115,7 @@ def test_packed_prefill_with_padding_equals_eager(way: str) -> None:
 def test_no_live_row_depends_on_unused_blocks(decode: Machine) -> None:
     """Null block and blocks nobody owns full of NaN: both ways still give finite, equal tokens."""
     rng = np.random.default_rng(2)
-    inputs = decode_inputs(rng, [9, 30, 1, 0, 17], np.array([1, 2, 3, 0, 5], np.int32), 4)
+    inputs = decode_inputs(rng, [9, 30, 1, 0, 17], np.array([1, 2, 3, 0, 5], np.int32), 4) | GREEDY
     caches = random_caches(rng)
     unused = sorted(set(range(NUM_BLOCKS)) - (set(inputs["block_table"].ravel().tolist()) - {0}))
     poisoned = [cache.copy() for cache in caches]
@@ -144,7 +147,7 @@ def test_a_failing_kernel_raises_and_keeps_the_state_usable(decode: Machine) -> 
     runtime = HloCpuRuntime({**CPU_KERNELS, "attention": failing_kernel})
     executable = runtime.load(decode.graphs["kernels"])
     rng = np.random.default_rng(3)
-    inputs = decode_inputs(rng, [9, 30, 1, 0, 17], np.zeros(5, np.int32), 4)
+    inputs = decode_inputs(rng, [9, 30, 1, 0, 17], np.zeros(5, np.int32), 4) | GREEDY
     state = decode.state(random_caches(rng))
     with pytest.raises(KernelError, match="decode_table-5x4: kernel attention failed: attention does not like this"):
         executable.run(inputs, decode.weights, state)
@@ -153,7 +156,7 @@ def test_a_failing_kernel_raises_and_keeps_the_state_usable(decode: Machine) -> 
 
 def test_wrong_ids_are_refused_by_the_kernel_instead_of_read(decode: Machine) -> None:
     rng = np.random.default_rng(4)
-    inputs = decode_inputs(rng, [9, 30, 1, 0, 17], np.zeros(5, np.int32), 4)
+    inputs = decode_inputs(rng, [9, 30, 1, 0, 17], np.zeros(5, np.int32), 4) | GREEDY
     inputs["block_table"][0, 0] = NUM_BLOCKS
     with pytest.raises(KernelError, match="block_table"):
         decode.executables["kernels"].run(inputs, decode.weights, decode.state(random_caches(rng)))
@@ -161,7 +164,7 @@ def test_wrong_ids_are_refused_by_the_kernel_instead_of_read(decode: Machine) ->
 
 def test_wrong_inputs_missing_kernels_and_broken_graphs_are_refused(decode: Machine) -> None:
     rng = np.random.default_rng(5)
-    inputs = decode_inputs(rng, [1] * 5, np.zeros(5, np.int32), 4)
+    inputs = decode_inputs(rng, [1] * 5, np.zeros(5, np.int32), 4) | GREEDY
     state = decode.state(random_caches(rng))
     with pytest.raises(ValueError, match=r"positions: got \[4\] int32, need \[5\] int32 \(graph decode_table-5x4\)"):
         decode.executables["plain"].run({**inputs, "positions": inputs["positions"][:4]}, decode.weights, state)

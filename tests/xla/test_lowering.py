@@ -54,11 +54,13 @@ def test_graphs_are_static_aliased_and_free_of_errors(graphs: list[LoweredGraph]
         assert not any(leaf.dynamic for _, i in module.instructions() for leaf in i.shape.leaves())
         assert module.name == request.spec.name
         must = {alias.output: alias.parameter for alias in module.aliases if alias.must}
-        state = [graph.manifest.parameters[must[1 + i]].spec.name for i in range(len(request.spec.state))]
+        state = [graph.manifest.parameters[must[2 + i]].spec.name for i in range(len(request.spec.state))]
         assert state == [spec.name for spec in request.spec.state]
-        assert {finding.rule for finding in check_graph(graph)} <= {"stand-in-kernel", "rounding-round-trip"}
+        assert {finding.rule for finding in check_graph(graph)} <= {
+            "stand-in-kernel", "rounding-round-trip", "reduce-window",
+        }  # fmt: skip
         assert not graph.manifest.unused
-        assert [spec.name for spec in graph.manifest.outputs[:1]] == ["sampled_token_ids"]
+        assert [spec.name for spec in graph.manifest.outputs[:2]] == ["sampled_token_ids", "logits"]
 
 
 def test_custom_calls_are_layers_times_operators(graphs: list[LoweredGraph]) -> None:

@@ -18,7 +18,7 @@ from compile.lower import lower_graphs
 from compile.lowered_graph import LoweredGraph
 from compile.protobuf import integers, read_fields
 from neuron_paged.models.collectives import RankGroup
-from neuron_paged.models.graph_step import DecodeStep, lowering_request
+from neuron_paged.models.graph_step import GraphStep, lowering_request
 from neuron_paged.models.llama import LlamaModel
 from neuron_paged.models.tensor_parallel import Shard, join_ranks
 from nki_kernels.layout import KVCacheLayout
@@ -114,11 +114,11 @@ def test_replicas_give_the_whole_models_tokens_and_caches(graphs: list[LoweredGr
     caches = [rng.standard_normal(shape).astype(np.float32) for _ in range(config.num_layers)]
     whole = [torch.from_numpy(cache.copy()) for cache in caches]
     with torch.no_grad():
-        expected = DecodeStep(model)(*map(torch.from_numpy, step.values()), *whole)
+        (expected,) = GraphStep(model, DECODE, is_greedy=True)(*map(torch.from_numpy, step.values()), *whole)
 
     arguments = []
     for rank in range(size):
-        part = DecodeStep(rank_model(model, rank, size))
+        part = GraphStep(rank_model(model, rank, size), DECODE, is_greedy=True)
         tensors = {name: t.detach().numpy() for name, t in (*part.named_parameters(), *part.named_buffers())}
         heads = Shard(config, rank, size).kv_heads
         tensors |= {f"kv_cache.{i}": np.ascontiguousarray(cache[:, heads]) for i, cache in enumerate(caches)} | step
