@@ -18,6 +18,8 @@ UNSETTLED = -2
 # Candidates tried in turn before a full sort. Measured on CPU (2 threads, [32, 49152] fp32): full sort 63 ms,
 # topk(64) 1.8 ms, the 64 largest through group maxima 0.5-0.9 ms, topk(1024) 6 ms.
 _NUM_CANDIDATES = (64, 1024)
+# Candidates of a graph, which has no second try.
+_STATIC_CANDIDATES = 256
 # Logits worked on at once. Whole-batch temporaries of several MB are given back to the system and faulted in again each
 # time: sampling 32 plain rows of 49152 takes 6.3 ms at once and 1.2 ms in parts of ten rows (measured on CPU).
 _PART_SIZE = 2**19
@@ -136,14 +138,16 @@ def sample_static(logits: Tensor, columns: SamplingColumns) -> Tensor:
     """sample() without data-dependent shapes: each row goes through every kind of sampling and keeps one.
 
     logits [N, V] f32 -> i64 [N]: the token that sample() draws, -1 as there, UNSETTLED for a row whose filters may keep
-    more than the 64 largest logits. Ties are in order of ids where torch.topk is stable, as on XLA.
+    more than the 256 largest logits.
     """
     vocab_size = logits.shape[1]
     greedy = columns.temperature == 0
     temperature = torch.where(greedy, torch.ones_like(columns.temperature), columns.temperature)
     plain = _sample_plain_part(logits, temperature, columns.uniform)
-    num_candidates = _NUM_CANDIDATES[0] if _NUM_CANDIDATES[0] * 4 <= vocab_size else vocab_size
-    values, ids = torch.topk(logits, num_candidates, dim=-1)
+    num_candidates = _STATIC_CANDIDATES if _STATIC_CANDIDATES * 4 <= vocab_size else vocab_size
+    # XLA's topk is stable, so equal logits come in order of their ids; the CPU's is not.
+    find = sorted_candidates if logits.device.type == "cpu" else torch.topk
+    values, ids = find(logits, num_candidates)
     filters = Filters(columns.top_k.long(), columns.top_p, columns.min_p)
     total = _softmax_total([torch.softmax(logits / temperature[:, None], -1).amax(-1)])
     position, settled, mass = _sample_prefix(values, temperature, columns.uniform, filters, total, vocab_size)

@@ -252,3 +252,39 @@ def test_samples_have_the_right_distribution(top_k, top_p, min_p):
     freedom = max(len(counts) - 1, 1)
     limit = freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
     assert chi_square(counts, probabilities) < limit
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_sample_static_equals_sample_or_says_that_it_is_unsettled(data):
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**31)))
+    vocab_size, num_rows = data.draw(st.sampled_from([3, 300, 5000])), 8
+    logits = (rng.standard_normal((num_rows, vocab_size)) * data.draw(st.sampled_from([0.1, 2, 8]))).astype(np.float32)
+    if data.draw(st.booleans()):
+        logits = np.round(logits)  # ties
+    logits[7, rng.integers(vocab_size)] = np.nan
+    pick = lambda values: [data.draw(st.sampled_from(values)) for _ in range(num_rows)]  # noqa: E731
+    columns = sampler.SamplingColumns(
+        torch.tensor(pick([0.0, 0.3, 1.0, 1.7])),
+        torch.from_numpy(np.floor(rng.random(num_rows) * 2**24).astype(np.float32) * 2**-24),
+        torch.tensor(pick([1, 40, 255, 300, vocab_size]), dtype=torch.int32).clamp(max=vocab_size),
+        torch.tensor(pick([0.05, 0.9, 1.0])),
+        torch.tensor(pick([0.0, 0.1])),
+    )
+    drawn = sampler.sample_static(torch.from_numpy(logits), columns)
+    assert drawn[7] == -1
+    for row in range(7):
+        temperature, uniform, top_k, top_p, min_p = (column[row : row + 1] for column in columns)
+        is_plain = bool(top_k >= vocab_size) and bool(top_p == 1) and bool(min_p == 0)
+        zero, filters = torch.zeros(1, dtype=torch.int64), Filters(top_k.long(), top_p, min_p)
+        if temperature == 0:
+            tensors = SamplingTensors()
+        elif is_plain:
+            tensors = SamplingTensors(temperature, uniform, plain_rows=zero)
+        else:
+            tensors = SamplingTensors(temperature, uniform, filtered_rows=zero, filters=filters)
+        if drawn[row] == sampler.UNSETTLED:
+            ids, _ = kept_by_definition(logits[row], float(temperature), int(top_k), float(top_p), float(min_p))
+            assert vocab_size > 1000 and len(ids) > 200 and temperature > 0 and not is_plain
+        else:
+            assert drawn[row] == sampler.sample(torch.from_numpy(logits[row : row + 1]), tensors).token_ids[0]
