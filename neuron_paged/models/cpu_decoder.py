@@ -81,6 +81,9 @@ class CpuDecoderStack(DecoderStack):
                 self.program.run()
         return state[:, :size]
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a model prepared for the CPU can't be copied or pickled; load it anew.")
+
     def _check(self, positions: Tensor, table: Tensor, inputs: AttentionInputs, kv_caches: list[Tensor]) -> None:
         """What the operators check of every call; layers differ in the window only."""
         c, first = self.config, kv_caches[0]

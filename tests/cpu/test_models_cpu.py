@@ -2,6 +2,7 @@
 """The CPU forms of layers against fp64: packed linear layers, plain and gated, and one-pass RMSNorm, any size and
 stride; all layers as one program."""
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -231,6 +232,11 @@ def test_program_checks_index_values_before_it_writes() -> None:
         model(token_ids, positions, inputs, caches)
     with pytest.raises(ValueError, match=r"kv_caches: got 1 of .*need 2, contiguous and alike"), torch.inference_mode():
         model(token_ids, positions, inputs, caches[:1])
+
+
+def test_program_cannot_be_copied() -> None:
+    with pytest.raises(TypeError, match="can't be copied or pickled"):
+        copy.deepcopy(prepare_for_cpu(filled_model()))
 
 
 def test_program_serves_threads_one_after_another() -> None:
