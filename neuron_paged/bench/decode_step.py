@@ -1,49 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modelled decode steps of whole models: attention from the kernel's timeline, weights at memory bandwidth.
 
-Owns the models' sizes and what a tensor-parallel rank holds of them. Leaves out everything else of a step: norms,
+Leaves out everything else of a step: norms,
 rotary embedding, cache writes, sampling, collectives, launch. Nothing here is measured unless it says so.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
+from neuron_paged.planning.decoder_model import LLAMA_3_1_8B, QWEN3_0_6B, DecoderModel
 from nki_kernels.estimates import decode_estimate
 from nki_kernels.hardware import generation
-
-MAX_GRAPH_INSTRUCTIONS = 5_000_000  # per graph, NCC_EBVF030 of neuronx-cc, [measured, third party]
-MATMUL_WEIGHTS = 128 * 512  # most weights of one matmul instruction as the moving operand
-
-
-@dataclass(frozen=True)
-class DecoderModel:
-    """Sizes of a Llama-like decoder, whole model; from its published config.json."""
-
-    name: str
-    num_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-
-    def rank_heads(self, tensor_parallel: int) -> tuple[int, int]:
-        """(num_heads, num_kv_heads) of a rank. Where they don't divide, KV heads are replicated, query heads padded."""
-        kv_heads = -(-self.num_kv_heads // tensor_parallel)
-        ranks_per_kv_head = max(1, tensor_parallel // self.num_kv_heads)
-        return kv_heads * -(-self.num_heads // self.num_kv_heads // ranks_per_kv_head), kv_heads
-
-    def rank_weights(self, tensor_parallel: int) -> int:
-        """Weights of the linear layers that one rank reads per step, output head included."""
-        heads, kv_heads = self.rank_heads(tensor_parallel)
-        attention = 2 * self.hidden_size * self.head_dim * (heads + kv_heads)
-        mlp = 3 * self.hidden_size * -(-self.intermediate_size // tensor_parallel)
-        return self.num_layers * (attention + mlp) + self.hidden_size * -(-self.vocab_size // tensor_parallel)
-
-
-LLAMA_3_1_8B = DecoderModel("Llama-3.1-8B", 32, 4096, 14336, 32, 8, 128, 128256)
-QWEN3_0_6B = DecoderModel("Qwen3-0.6B", 28, 1024, 3072, 16, 8, 128, 151936)
 
 # One trn1 core, 6 sequences of so many tokens: ms per decode step of an engine that gathers the cache in XLA, and what
 # of it is outside attention. [measured, third party] foxl-ai/kiln 0.3.0, bench/results.

@@ -25,7 +25,8 @@ PROGRAM = "neuron-paged"
 # name: (module, one line for --help)
 COMMANDS = {
     "generate": ("neuron_paged.cli.generate", "generate text from prompts"),
-    "bench": ("neuron_paged.cli.bench", "benchmarks: throughput, latency, kv-utilisation, engine, kernels"),
+    "bench": ("neuron_paged.cli.bench", "benchmarks: throughput, latency, kv-utilisation, engine, kernels, buckets"),
+    "plan-buckets": ("neuron_paged.cli.plan_buckets", "from a traffic trace to the graphs worth compiling"),
     "kernels": ("neuron_paged.cli.kernels", "NKI kernels: run in the simulator, profile, calibrate, lint"),
     "doctor": ("neuron_paged.cli.doctor", "versions, devices, and which backend would be used and why"),
 }

@@ -21,6 +21,7 @@ from neuron_paged.cli.bench_report import (
     latency_report,
     throughput_report,
 )
+from neuron_paged.cli.bucket_report import buckets_report
 from neuron_paged.cli.output import STDOUT, check_json_target, write_json
 from neuron_paged.env import silence_profiler_log
 from neuron_paged.errors import InvalidRequestError, NeuronPagedError
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("kv-utilisation", _add_kv_utilisation, "KV waste and batch size against contiguous reservation"),
         ("engine", _add_engine, "what scheduling and batch building cost per step"),
         ("kernels", _add_kernels, "modelled figures of the NKI attention kernels beside their goals, and decode steps"),
+        ("buckets", _add_buckets, "sample traffic through bucket schemes: padding, fallbacks, bytes, modelled time"),
     ):
         sub = benchmarks.add_parser(name, help=text, description=text, allow_abbrev=False)
         add(sub)
@@ -50,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
         "kv-utilisation": (_kv_utilisation, kv_utilisation_report),
         "engine": (_engine, engine_report),
         "kernels": (_kernels, kernels_report),
+        "buckets": (_buckets, buckets_report),
     }
     measure, describe = runners[args.benchmark]
     results = measure(args, sys.stderr.isatty())
@@ -115,6 +118,12 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
         help="also run AWS's attention_tkg, from a clone of github.com/aws-neuron/nki-library, in the simulator",
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="trn2 only, and no prefill")
+
+
+def _add_buckets(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num-requests", type=positive_int, default=400, metavar="N", help="per traffic; default 400")
+    parser.add_argument("--max-num-seqs", type=positive_int, default=64, metavar="N", help="default 64")
+    parser.add_argument("--workload-seed", type=int, default=0, metavar="SEED")
 
 
 def _throughput(args: argparse.Namespace, progress: bool) -> dict[str, Any]:
@@ -237,3 +246,10 @@ def int_range(text: str) -> tuple[int, int]:
     if not 1 <= bounds[0] <= bounds[1]:
         raise argparse.ArgumentTypeError(f"got {text!r}, need LOW:HIGH with 1 <= LOW <= HIGH, such as 16:512")
     return bounds
+
+
+def _buckets(args: argparse.Namespace, progress: bool) -> dict[str, Any]:
+    need_package("ml_dtypes", "the NKI simulator")
+    from neuron_paged.bench.buckets import run_buckets
+
+    return run_buckets(num_requests=args.num_requests, max_num_seqs=args.max_num_seqs, seed=args.workload_seed)

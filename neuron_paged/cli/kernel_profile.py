@@ -8,11 +8,11 @@ import argparse
 from dataclasses import dataclass
 from typing import Any
 
-from neuron_paged.bench.decode_step import LLAMA_3_1_8B, MATMUL_WEIGHTS, MAX_GRAPH_INSTRUCTIONS
 from neuron_paged.cli.kernel_files import describe_failure
 from neuron_paged.cli.kernel_run import modelled_figures
 from neuron_paged.cli.output import STDOUT, write_file, write_json
 from neuron_paged.errors import InvalidRequestError
+from neuron_paged.planning.decoder_model import LLAMA_3_1_8B, MATMUL_WEIGHTS, MAX_GRAPH_INSTRUCTIONS
 from nki_kernels.estimates import decode_estimate
 from nki_kernels.hardware import generation
 from nki_kernels.prefill_estimates import (

