@@ -130,6 +130,16 @@ class GraphConfig:
             )
 
 
+def check_tensor_parallel_size(size: object, graphs: GraphConfig) -> None:
+    """ConfigError unless it is a number of ranks; which of them a model allows is known to models.tensor_parallel."""
+    _need_int("LLM", "tensor_parallel_size", size, 1)
+    if size != 1 and graphs.executor != "eager":
+        raise ConfigError(
+            f"tensor_parallel_size: got {size} with executor={graphs.executor!r}, which runs the graphs of one process "
+            "only; need executor='eager', or tensor_parallel_size=1."
+        )
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """What an engine needs to know besides the model."""

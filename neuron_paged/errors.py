@@ -59,5 +59,10 @@ class StepError(NeuronPagedError, RuntimeError):
         self.outputs = outputs
 
 
+class RankError(StepError):
+    """A rank of a tensor-parallel engine died or failed. All requests were ended, the other ranks were stopped; the
+    engine refuses further work with the same error, and a new one has to be made."""
+
+
 class IntegrityError(NeuronPagedError, AssertionError):
     """Block accounting is inconsistent: a defect in the engine, never the user's fault."""

@@ -5,23 +5,25 @@ import itertools
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from neuron_paged.config import CacheConfig, EngineConfig, GraphConfig, SchedulerConfig
+from neuron_paged.config import CacheConfig, EngineConfig, GraphConfig, SchedulerConfig, check_tensor_parallel_size
 from neuron_paged.engine.cache_sizing import choose_num_blocks
 from neuron_paged.engine.llm_engine import LLMEngine
 from neuron_paged.engine.outbox import Outbox
 from neuron_paged.engine.outputs import RequestOutput
 from neuron_paged.engine.prompts import Prompt, TokensPrompt, is_single_prompt
+from neuron_paged.engine.rank_messages import LOADED
 from neuron_paged.engine.sampling import RequestOutputKind, SamplingParams
 from neuron_paged.errors import ConfigError, InvalidRequestError, StepError
 from neuron_paged.memory import available_memory_bytes
 
 _CACHE_SETTINGS = {f.name for f in fields(CacheConfig)}
 _SCHEDULER_SETTINGS = {f.name for f in fields(SchedulerConfig)}
+_OWN_SETTINGS = {"dtype", "weight_dtype", "tensor_parallel_size", "seed", "progress"}
 
 Message = Mapping[str, Any]
 
@@ -32,6 +34,7 @@ class LLM:
     model: "demo", a folder with config.json and safetensors, a .gguf file, or org/name on the Hugging Face hub.
     dtype: of activations and KV cache, "auto" | "fp32" | "bf16" | "fp16"; "auto" is fp32. weight_dtype: what the linear
     layers' weights are stored in, "auto" is dtype; "bf16" decodes few sequences faster, their products stay in fp32.
+    tensor_parallel_size: processes that share the weights, KV heads and CPU threads of this one; this is the first.
     seed: of the generator that gives requests without a seed theirs. engine_settings: any field of CacheConfig and
     SchedulerConfig; max_model_len defaults to what the model allows, at most config.DEFAULT_MAX_MODEL_LEN; num_blocks
     to a quarter of the free memory.
@@ -47,6 +50,7 @@ class LLM:
         *,
         dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
         weight_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+        tensor_parallel_size: int = 1,
         seed: int | None = 0,
         progress: bool = True,
         executor: Literal["eager", "hlo-cpu"] = "eager",
@@ -58,29 +62,41 @@ class LLM:
         cache, scheduler = _split_settings(engine_settings)
         graphs = _graph_config(executor, graph_buckets, graph_kernels, graph_python)
         graphs.check_cache(CacheConfig(**cache))
+        check_tensor_parallel_size(tensor_parallel_size, graphs)
         if executor != "eager" and weight_dtype != "auto":
             raise ConfigError(f"weight_dtype: got {weight_dtype!r}, graphs need 'auto': they store weights in dtype.")
         from neuron_paged.engine.make_executor import make_executor, require_graph_packages
         from neuron_paged.engine.model_runner import block_bytes
+        from neuron_paged.engine.rank_pool import RankPool
         from neuron_paged.models.loader import load_model
 
         require_graph_packages(graphs)
-        loaded = load_model(
-            model,
-            dtype=dtype,
-            weight_dtype=weight_dtype,
-            progress=progress,
-            max_model_len=scheduler.get("max_model_len"),
-            prepare=executor == "eager",
-        )
-        scheduler_config = SchedulerConfig(**(scheduler | {"max_model_len": loaded.max_model_len}))
-        cache_config = CacheConfig(**cache)
-        num_blocks = choose_num_blocks(
-            cache_config, scheduler_config, block_bytes(loaded.model, cache_config), available_memory_bytes()
-        )
-        config = EngineConfig(replace(cache_config, num_blocks=num_blocks), scheduler_config)
-        with _note_if_slow("Compiling the CPU kernels, once on this machine ...", progress and executor == "eager"):
-            runner = make_executor(loaded.model, config, graphs, progress=progress)
+        ranks = RankPool(tensor_parallel_size)
+        with ExitStack() as on_error:
+            on_error.callback(ranks.stop)
+            loaded = load_model(
+                model,
+                dtype=dtype,
+                weight_dtype=weight_dtype,
+                progress=progress,
+                max_model_len=scheduler.get("max_model_len"),
+                prepare=executor == "eager",
+                tensor_parallel_size=tensor_parallel_size,
+                start_ranks=ranks.start,
+            )
+            ranks.wait_for(LOADED)  # what their weights take is no longer free then
+            scheduler_config = SchedulerConfig(**(scheduler | {"max_model_len": loaded.max_model_len}))
+            cache_config = CacheConfig(**cache)
+            all_ranks_block_bytes = tensor_parallel_size * block_bytes(loaded.model, cache_config)
+            num_blocks = choose_num_blocks(
+                cache_config, scheduler_config, all_ranks_block_bytes, available_memory_bytes()
+            )
+            config = EngineConfig(replace(cache_config, num_blocks=num_blocks), scheduler_config)
+            with _note_if_slow(
+                "Compiling the CPU kernels, once on this machine ...", progress and executor == "eager"
+            ):
+                runner = make_executor(loaded.model, config, graphs, ranks, progress=progress)
+            on_error.pop_all()
         self.engine = LLMEngine(
             config,
             runner,
@@ -288,7 +304,7 @@ class _progress_bar:
 def _split_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     unknown = sorted(set(settings) - _CACHE_SETTINGS - _SCHEDULER_SETTINGS)
     if unknown:
-        known = sorted(_CACHE_SETTINGS | _SCHEDULER_SETTINGS | {"dtype", "weight_dtype", "seed", "progress"})
+        known = sorted(_CACHE_SETTINGS | _SCHEDULER_SETTINGS | _OWN_SETTINGS)
         raise ConfigError(f"LLM: got unknown setting {', '.join(unknown)}, need one of {', '.join(known)}.")
     cache = {name: value for name, value in settings.items() if name in _CACHE_SETTINGS}
     scheduler = {name: value for name, value in settings.items() if name in _SCHEDULER_SETTINGS}

@@ -31,7 +31,7 @@ from neuron_paged.engine.sampling import SamplingParams
 from neuron_paged.engine.sampling_state import SamplingState
 from neuron_paged.engine.scheduler import Scheduler, SchedulerOutput
 from neuron_paged.engine.sequence import Sequence, SequenceStatus
-from neuron_paged.errors import InvalidRequestError, StepError
+from neuron_paged.errors import InvalidRequestError, RankError, StepError
 
 _NOT_FINITE = (
     "logits: got NaN or infinity after {} tokens, so no next token can be drawn: overflow of the model's dtype (try "
@@ -69,6 +69,7 @@ class LLMEngine:
         self._completions: dict[int, Completion] = {}  # of unfinished sequences, by seq_id
         self._tokenizer_views = {skip: make_tokenizer_view(tokenizer, skip) for skip in (False, True)}
         self._outbox = Outbox()
+        self._rank_failure: str | None = None
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -88,8 +89,10 @@ class LLMEngine:
         prompt: text, token ids, or a dict with "prompt" or "prompt_token_ids" (and "cache_salt"). priority: lower runs
         first under policy "priority". cache_salt: requests of different salts never share cached blocks.
         arrival_time: seconds of time.perf_counter(), None = now. outbox: where outputs go, None: to step().
-        Raises InvalidRequestError, InvalidSamplingParamsError, PromptTooLongError; then nothing has changed.
+        Raises InvalidRequestError, InvalidSamplingParamsError, PromptTooLongError; then nothing has changed. RankError
+        if the engine has lost a rank.
         """
+        self._check_ranks()
         params = SamplingParams() if params is None else params
         outbox = self._outbox if outbox is None else outbox
         if not isinstance(request_id, str):
@@ -181,8 +184,10 @@ class LLMEngine:
 
         Raises StepError if the step fails. That ends the requests of the step if the executor fails, all if anything
         else does; the last outputs of those of this outbox come with the error. KeyboardInterrupt and the like end the
-        same requests, whose outputs then wait in the outboxes, and are raised again.
+        same requests, whose outputs then wait in the outboxes, and are raised again. RankError (a StepError) if a rank
+        of a tensor-parallel engine is lost; that ends all requests for good.
         """
+        self._check_ranks()
         started = time.perf_counter()
         output: SchedulerOutput | None = None
         is_executing = False
@@ -204,12 +209,16 @@ class LLMEngine:
             self.scheduler.commit(output)
             self._process(output, batch, result)
         except BaseException as error:
-            reason = f"a step failed with {type(error).__name__}: {error}"
-            ended = self._end_failed(output if is_executing else None, reason)
+            lost_rank = isinstance(error, RankError)
+            reason = str(error) if lost_rank else f"a step failed with {type(error).__name__}: {error}"
+            ended = self._end_failed(output if is_executing and not lost_rank else None, reason)
             self.metrics.num_failed_steps += 1
             self.metrics.record_state(self.scheduler)
             if not isinstance(error, Exception):
                 raise
+            if lost_rank:
+                self._rank_failure = reason
+                raise RankError(reason, tuple(outbox.take_of(ended))) from error
             raise StepError(
                 f"{reason}. It ended {len(ended)} requests and freed their blocks; the engine goes on.",
                 tuple(outbox.take_of(ended)),
@@ -219,6 +228,10 @@ class LLMEngine:
         self.metrics.record_step(
             self.scheduler, output, dict(zip(STEP_PHASES, (*phases, ended_at - executed), strict=True))
         )
+
+    def _check_ranks(self) -> None:
+        if self._rank_failure is not None:
+            raise RankError(self._rank_failure)
 
     def _execute(self, batch: Batch) -> StepResult:
         result = self.executor.execute(batch)

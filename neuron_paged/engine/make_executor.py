@@ -16,20 +16,23 @@ from neuron_paged.errors import GraphError
 if TYPE_CHECKING:
     from neuron_paged.engine.graph_runner import GraphRunner
     from neuron_paged.engine.model_runner import ModelRunner
+    from neuron_paged.engine.rank_pool import RankPool
     from neuron_paged.models.llama import LlamaModel
 
 
 def make_executor(
-    model: "LlamaModel", config: EngineConfig, graphs: GraphConfig, *, progress: bool
+    model: "LlamaModel", config: EngineConfig, graphs: GraphConfig, ranks: "RankPool", *, progress: bool
 ) -> "ModelRunner | GraphRunner":
-    """An executor, warmed up. model: prepared for the CPU for executor "eager", plain modules for graphs.
+    """An executor, warmed up. model: prepared for the CPU for executor "eager", plain modules for graphs; with several
+    `ranks` the part of rank 0, joined to them.
 
     Raises ConfigError, and GraphError where lowering or compiling fails or lacks a package.
     """
     if graphs.executor == "eager":
         from neuron_paged.engine.model_runner import ModelRunner
+        from neuron_paged.engine.parallel_runner import ParallelRunner
 
-        runner = ModelRunner(model, config.cache)
+        runner = ModelRunner(model, config.cache) if ranks.size == 1 else ParallelRunner(model, config.cache, ranks)
         runner.warm_up()
         return runner
     from neuron_paged.engine.graph_runner import GraphRunner

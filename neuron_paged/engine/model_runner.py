@@ -2,7 +2,7 @@
 """ModelRunner: the Executor that runs a model step in this process. Owns the KV caches and their host counterpart."""
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -10,15 +10,16 @@ from torch import Tensor
 
 import neuron_paged.ops  # noqa: F401  registers torch.ops.neuron_paged
 from neuron_paged.config import CacheConfig
-from neuron_paged.engine.batch import Batch
+from neuron_paged.engine.batch import Batch, Int32Array
 from neuron_paged.engine.executor import StepLogprobs, StepResult
 from neuron_paged.engine.sampling_state import SamplingState
 from neuron_paged.engine.sampling_tensors import build_sampling_tensors
 from neuron_paged.errors import ConfigError
 from neuron_paged.models.inputs import AttentionInputs
 from neuron_paged.models.kv_scales import calibrate_kv_scales, has_kv_scales
-from neuron_paged.models.sampler import Logprobs
-from neuron_paged.models.step import ModelStep, PromptLogprobTensors
+from neuron_paged.models.sampler import Logprobs, SamplingTensors
+from neuron_paged.models.step import PromptLogprobTensors
+from neuron_paged.models.tensor_parallel import model_step
 from nki_kernels.layout import KVCacheLayout
 
 if TYPE_CHECKING:
@@ -47,6 +48,17 @@ def _layout(model: "LlamaModel", config: CacheConfig) -> KVCacheLayout:
     return KVCacheLayout(model.config.num_kv_heads, config.block_size, model.config.head_dim)
 
 
+class BlockMoves(Protocol):
+    """The block moves of a Batch: (source, destination) pairs [n, 2] int32."""
+
+    @property
+    def swap_out(self) -> Int32Array: ...
+    @property
+    def swap_in(self) -> Int32Array: ...
+    @property
+    def block_copies(self) -> Int32Array: ...
+
+
 class ModelRunner:
     """Runs batches on the model's device.
 
@@ -60,7 +72,7 @@ class ModelRunner:
         if kv_cache_dtype(config, model.dtype) == torch.float8_e4m3fn and not has_kv_scales(model):
             calibrate_kv_scales(model)
         self.model = model
-        self._step = ModelStep(model)
+        self._step = model_step(model)
         layout, dtype = _layout(model, config), kv_cache_dtype(config, model.dtype)
         self.kv_caches = self._make_caches(layout.kv_cache_shape(config.num_blocks), dtype)
         self.swap_caches: list[Tensor] = []
@@ -81,6 +93,7 @@ class ModelRunner:
             logits_indices, sample_rows, prompt = _logits_tensors(batch)
             clock = [time.perf_counter()]
             sampling = build_sampling_tensors(batch.sample_sequences, self.model.config.vocab_size)
+            self._announce(batch, logits_indices, prompt, sampling)
             clock.append(time.perf_counter())
             output = self._step(
                 torch.from_numpy(batch.token_ids),
@@ -111,7 +124,12 @@ class ModelRunner:
             prompt_logprobs = to_step_logprobs(output.prompt_logprobs, rows, prompt.token_ids.numpy().astype(np.int32))
         return StepResult(token_ids, logprobs, prompt_logprobs, sample_s)
 
-    def move_blocks(self, batch: Batch) -> None:
+    def _announce(
+        self, batch: Batch, logits_indices: Tensor, prompt: PromptLogprobTensors | None, sampling: SamplingTensors
+    ) -> None:
+        """Called when all of a step is known, before the model runs: for a runner that is not alone."""
+
+    def move_blocks(self, batch: BlockMoves) -> None:
         """Swap blocks out and in and copy blocks, as the batch says."""
         ops = torch.ops.neuron_paged
         for pairs, sources, targets in (

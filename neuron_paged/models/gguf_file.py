@@ -35,13 +35,24 @@ class GGUFTensor:
     type_id: int
     data: "np.ndarray"
 
-    def dequantise(self) -> "np.ndarray":
-        """fp32 array of `shape`. Raises UnsupportedModelError for a type the package gguf can't dequantise."""
-        from gguf import GGMLQuantizationType, quants
+    def dequantise(self, part: tuple[slice, ...] | None = None) -> "np.ndarray":
+        """fp32 array of `shape`, or of a slice per axis, of which no more is read than quantised blocks make necessary.
+
+        Raises UnsupportedModelError for a type the package gguf can't dequantise.
+        """
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
         kind = GGMLQuantizationType(self.type_id)
         try:
-            return quants.dequantize(self.data, kind).reshape(self.shape)
+            if part is None:
+                return quants.dequantize(self.data, kind).reshape(self.shape)
+            *outer, columns = part
+            block_elements, block_bytes = GGML_QUANT_SIZES[kind]
+            first, last = columns.start // block_elements, -(-columns.stop // block_elements)
+            data = self.data.reshape(*self.shape[:-1], -1)[(*outer, slice(first * block_bytes, last * block_bytes))]
+            skipped = columns.start - first * block_elements
+            blocks = quants.dequantize(data, kind)
+            return blocks[..., skipped : skipped + columns.stop - columns.start]
         except NotImplementedError as error:
             raise UnsupportedModelError(
                 f"{self.name} has GGUF type {kind.name}, which the package gguf can't dequantise."

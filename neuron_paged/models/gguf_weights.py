@@ -17,6 +17,7 @@ from neuron_paged.errors import CheckpointError, UnsupportedModelError
 from neuron_paged.models.config import ModelConfig, check_sizes, first_line
 from neuron_paged.models.gguf_file import GGUFFile
 from neuron_paged.models.registry import find_family
+from neuron_paged.models.weights import TensorPart
 
 if TYPE_CHECKING:
     import numpy as np
@@ -153,12 +154,10 @@ class GGUFSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensors[name].shape
 
-    def read(self, name: str) -> Tensor:
-        array = self._tensors[name].dequantise()
-        if self._interleaved and ".q_proj." in name:
-            array = _halves_from_interleaved(array, self._config.num_heads)
-        elif self._interleaved and ".k_proj." in name:
-            array = _halves_from_interleaved(array, self._config.num_kv_heads)
+    def read(self, name: str, part: TensorPart | None = None) -> Tensor:
+        array = self._tensors[name].dequantise(part)
+        if self._interleaved and (".q_proj." in name or ".k_proj." in name):
+            array = _halves_from_interleaved(array, self._config.head_dim)
         return torch.from_numpy(array if array.flags.writeable else array.copy())
 
     def scale_rope(self, config: ModelConfig) -> ModelConfig:
@@ -175,7 +174,7 @@ class GGUFSource:
         return replace(config, rope=replace(config.rope, rope_type="llama3", inv_freq=inv_freq))
 
 
-def _halves_from_interleaved(array: "np.ndarray", num_heads: int) -> "np.ndarray":
+def _halves_from_interleaved(array: "np.ndarray", head_dim: int) -> "np.ndarray":
     """Rows (2i, 2i+1) of each head → rows (i, i + D/2), the order of a rotation by halves."""
-    pairs = array.reshape(num_heads, array.shape[0] // num_heads // 2, 2, *array.shape[1:])
+    pairs = array.reshape(-1, head_dim // 2, 2, *array.shape[1:])
     return pairs.swapaxes(1, 2).reshape(array.shape)

@@ -41,8 +41,12 @@ def has_kv_scales(model: "LlamaModel") -> bool:
     return any(name.endswith("self_attn.k_scale") for name, _ in model.named_buffers())
 
 
-def load_kv_scales(model: "LlamaModel", source: "TensorSource") -> None:
+def load_kv_scales(
+    model: "LlamaModel", source: "TensorSource", *, num_kv_heads: int | None = None, kv_heads: slice = slice(None)
+) -> None:
     """Set the checkpoint's scales, if it has any: per tensor (one number) or per KV head.
+
+    num_kv_heads: of the checkpoint, None = the model's. kv_heads: those of them that the model has.
 
     Raises CheckpointError if a layer lacks one, or numbers are not positive.
     """
@@ -50,7 +54,7 @@ def load_kv_scales(model: "LlamaModel", source: "TensorSource") -> None:
     for name in source.names():
         if match := _SCALE_NAME.fullmatch(name):
             names[int(match[1]), match[2]].append(name)
-    num_layers = model.config.num_layers
+    num_layers, num_kv_heads = model.config.num_layers, num_kv_heads or model.config.num_kv_heads
     if names and (names.keys() != {(layer, k_or_v) for layer in range(num_layers) for k_or_v in "kv"}):
         raise CheckpointError(
             f"{source.location}: {len(names)} scales of keys and values, need one k_scale and one v_scale for each of "
@@ -58,12 +62,12 @@ def load_kv_scales(model: "LlamaModel", source: "TensorSource") -> None:
         )
     for (layer, k_or_v), (name, *_) in names.items():
         scale = source.read(name).float().flatten() * (_CHECKPOINT_FP8_MAX / FP8_E4M3_MAX)
-        if scale.numel() not in (1, model.config.num_kv_heads) or not bool((scale.isfinite() & (scale > 0)).all()):
+        if scale.numel() not in (1, num_kv_heads) or not bool((scale.isfinite() & (scale > 0)).all()):
             raise CheckpointError(
-                f"{source.location}: {name} is {source.read(name).tolist()}, need 1 or {model.config.num_kv_heads} "
+                f"{source.location}: {name} is {source.read(name).tolist()}, need 1 or {num_kv_heads} "
                 "(num_key_value_heads) positive numbers."
             )
-        _set_scale(model, layer, k_or_v, scale.expand(model.config.num_kv_heads).clone())
+        _set_scale(model, layer, k_or_v, scale.expand(num_kv_heads)[kv_heads].clone())
 
 
 def calibrate_kv_scales(model: "LlamaModel") -> None:

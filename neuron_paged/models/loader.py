@@ -8,6 +8,8 @@ import importlib.util
 import logging
 import os
 import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -23,6 +25,7 @@ from neuron_paged.errors import (
     UnsupportedModelError,
 )
 from neuron_paged.memory import available_memory_bytes, size_text
+from neuron_paged.models.collectives import RankGroup
 from neuron_paged.models.config import ModelConfig, as_token_ids, check_sizes, first_line
 from neuron_paged.models.gguf_file import GGUFFile
 from neuron_paged.models.gguf_weights import GGUFSource, gguf_config
@@ -30,6 +33,7 @@ from neuron_paged.models.kv_scales import load_kv_scales
 from neuron_paged.models.llama import LlamaModel
 from neuron_paged.models.prepare_cpu import peak_memory_bytes, prepare_for_cpu
 from neuron_paged.models.registry import Family, find_family, normalise_config
+from neuron_paged.models.tensor_parallel import Shard, check_tensor_parallel_size, join_ranks
 from neuron_paged.models.weights import SafetensorsSource, TensorSource, check_names, load_weights
 
 if TYPE_CHECKING:
@@ -58,6 +62,22 @@ class LoadedModel:
 
 
 @dataclass(frozen=True)
+class RankTask:
+    """What another process needs to load its part of a model that `size` ranks share, with `load_rank`. Picklable."""
+
+    path: Path
+    config: ModelConfig
+    dtype: torch.dtype
+    packed_dtype: torch.dtype | None
+    max_model_len: int
+    size: int
+
+
+# Starts ranks 1, 2, … on their parts and returns the group in which this process is rank 0.
+StartRanks = Callable[[RankTask], RankGroup]
+
+
+@dataclass(frozen=True)
 class _Options:
     """What load_model was asked for; packed_dtype: of packed linear layers, None = plain torch modules."""
 
@@ -65,6 +85,8 @@ class _Options:
     packed_dtype: torch.dtype | None
     max_model_len: int | None
     progress: bool
+    tensor_parallel_size: int
+    start_ranks: StartRanks | None
 
 
 def load_config(name_or_path: str | Path) -> ModelConfig:
@@ -138,6 +160,8 @@ def load_model(
     max_model_len: int | None = None,
     weight_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     prepare: bool = True,
+    tensor_parallel_size: int = 1,
+    start_ranks: StartRanks | None = None,
 ) -> LoadedModel:
     """Load a model for the CPU.
 
@@ -148,6 +172,8 @@ def load_model(
     weight_dtype: what the linear layers' weights are stored in, arithmetic stays fp32; "auto" = dtype. "bf16" halves
         the memory traffic of fp32, which bounds decoding of few sequences.
     prepare: bring it into its fast CPU form; False keeps plain torch modules, which can be lowered and exported.
+    tensor_parallel_size: ranks that share the model; above 1 this process gets the part of rank 0, once `start_ranks`
+        has started the others, which it is asked to do when all that can be checked without weights is right.
     Raises ModelNotFoundError, UnsupportedModelError, CheckpointError, ConfigError; for a max_model_len above the
     model's, sizes that are not the checkpoint's and too little memory before anything large is allocated.
     """
@@ -161,7 +187,9 @@ def load_model(
     load = _load_gguf if path.is_file() else _load_folder
     packed_dtype = DTYPES[dtype if weight_dtype == "auto" else weight_dtype] if prepare else None
     with torch.inference_mode():
-        return load(path, _Options(DTYPES[dtype], packed_dtype, max_model_len, progress))
+        return load(
+            path, _Options(DTYPES[dtype], packed_dtype, max_model_len, progress, tensor_parallel_size, start_ranks)
+        )
 
 
 def _load_folder(path: Path, options: _Options) -> LoadedModel:
@@ -170,7 +198,7 @@ def _load_folder(path: Path, options: _Options) -> LoadedModel:
     config = replace(config, eos_token_ids=_generation_eos(path) or config.eos_token_ids)
     max_model_len = _fit_model_len(options.max_model_len, config.max_position_embeddings)
     with SafetensorsSource(path) as source:
-        model = _build_model(family, config, source, options, max_model_len)
+        model = _build_model(path, family, config, source, options, max_model_len)
     return LoadedModel(model, config, _tokenizer(path), hf_config, max_model_len)
 
 
@@ -181,7 +209,7 @@ def _load_gguf(path: Path, options: _Options) -> LoadedModel:
     source = GGUFSource(file, config)
     config = source.scale_rope(config)
     max_model_len = _fit_model_len(options.max_model_len, config.max_position_embeddings)
-    model = _build_model(family, config, source, options, max_model_len)
+    model = _build_model(path, family, config, source, options, max_model_len)
     return LoadedModel(model, config, _gguf_tokenizer(path), hf_config, max_model_len)
 
 
@@ -197,17 +225,51 @@ def _fit_model_len(wanted: int | None, limit: int) -> int:
 
 
 def _build_model(
-    family: Family, config: ModelConfig, source: TensorSource, options: _Options, max_model_len: int
+    path: Path, family: Family, config: ModelConfig, source: TensorSource, options: _Options, max_model_len: int
 ) -> LlamaModel:
     """The model with its weights. Whatever can be wrong with names, shapes and memory shows before it has storage."""
     outline = family.model_class(config, dtype=options.dtype, device="meta", max_positions=max_model_len)
     check_names(source, outline.checkpoint_slots(), outline.is_ignorable)
+    if options.tensor_parallel_size != 1:
+        size = options.tensor_parallel_size
+        check_tensor_parallel_size(size, config)
+        assert options.start_ranks is not None
+        task = RankTask(path, config, options.dtype, options.packed_dtype, max_model_len, size)
+        largest = Shard(config, 0, size).new_model(
+            family.model_class, dtype=options.dtype, device="meta", max_positions=max_model_len
+        )
+        check_memory(size * peak_memory_bytes(largest, options.packed_dtype), available_memory_bytes())
+        return _build_rank(task, source, options.start_ranks(task), options.progress)
     check_memory(peak_memory_bytes(outline, options.packed_dtype), available_memory_bytes())
     model = family.model_class(config, dtype=options.dtype, max_positions=max_model_len)
     load_weights(model, source, progress=options.progress)
     load_kv_scales(model, source)
     if options.packed_dtype is not None:
         prepare_for_cpu(model, weight_dtype=options.packed_dtype)
+    return model
+
+
+def load_rank(task: RankTask, group: RankGroup) -> LlamaModel:
+    """The part of a rank; the process that made the task has checked the checkpoint. Raises CheckpointError."""
+    source: AbstractContextManager[TensorSource]
+    if task.path.is_file():
+        source = nullcontext(GGUFSource(GGUFFile(task.path), task.config))
+    else:
+        source = SafetensorsSource(task.path)
+    with torch.inference_mode(), source as tensors:
+        return _build_rank(task, tensors, group, progress=False)
+
+
+def _build_rank(task: RankTask, source: TensorSource, group: RankGroup, progress: bool) -> LlamaModel:
+    model_class = find_family((task.config.architecture,), None).model_class
+    shard = Shard(task.config, group.rank, group.size)
+    whole = model_class(task.config, dtype=task.dtype, device="meta", max_positions=task.max_model_len)
+    model = shard.new_model(model_class, dtype=task.dtype, max_positions=task.max_model_len)
+    load_weights(model, source, progress=progress, parts=shard.parts(whole, model))
+    load_kv_scales(model, source, num_kv_heads=task.config.num_kv_heads, kv_heads=shard.kv_heads)
+    join_ranks(model, shard, group)
+    if task.packed_dtype is not None:
+        prepare_for_cpu(model, weight_dtype=task.packed_dtype)
     return model
 
 

@@ -22,8 +22,8 @@ from neuron_paged.models.linear import Linear
 from neuron_paged.models.llama import LlamaModel
 from neuron_paged.models.sampler import SamplerOutput, SamplingTensors, argmax
 from neuron_paged.models.step import ModelStep, prompt_parts
+from neuron_paged.models.weights import TensorPart
 
-TensorPart = tuple[slice, ...]
 # Finite, so that they survive a multiplication by zero.
 _LARGEST = torch.finfo(torch.float32).max
 _EXCLUDED = torch.finfo(torch.float32).min
@@ -89,6 +89,13 @@ class Shard:
         """The rank's model with plain layers, as weights are loaded into it; `join_ranks` makes it compute."""
         config = replace(self.rank_config, vocab_size=self.vocab_size)
         return model_class(config, dtype=dtype, device=device, max_positions=max_positions)
+
+    def parts(self, whole: LlamaModel, own: LlamaModel) -> dict[str, TensorPart]:
+        """What this rank's model `own` reads of each checkpoint tensor of the `whole` one; both may be on "meta"."""
+        own_slots = own.checkpoint_slots()
+        return {
+            name: self.part(name, slot.shape, own_slots[name].shape) for name, slot in whole.checkpoint_slots().items()
+        }
 
     def part(self, name: str, whole: tuple[int, ...], own: tuple[int, ...]) -> TensorPart:
         """What this rank reads of the checkpoint tensor `name`: `whole` is its shape, `own` that of the rank's."""

@@ -6,7 +6,7 @@ memory is needed once. GGUF files are in gguf_weights.py.
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from torch import Tensor
 from neuron_paged.errors import CheckpointError, ConfigError, UnsupportedModelError
 from neuron_paged.models.llama import LlamaModel, WeightSlot
 
+TensorPart = tuple[slice, ...]
 _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _NAMES_SHOWN = 6
 
@@ -34,8 +35,8 @@ class TensorSource(Protocol):
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape without reading the data."""
 
-    def read(self, name: str) -> Tensor:
-        """The tensor in a floating-point dtype, on the CPU; may be a view of the file."""
+    def read(self, name: str, part: TensorPart | None = None) -> Tensor:
+        """The tensor, or a slice per axis of it, in a floating-point dtype, on the CPU; may be a view of the file."""
 
 
 class SafetensorsSource:
@@ -72,8 +73,9 @@ class SafetensorsSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._handles[name].get_slice(name).get_shape())
 
-    def read(self, name: str) -> Tensor:
-        tensor = self._handles[name].get_tensor(name)
+    def read(self, name: str, part: TensorPart | None = None) -> Tensor:
+        handle = self._handles[name]
+        tensor = handle.get_tensor(name) if part is None else handle.get_slice(name)[part]
         if tensor.dtype not in _FLOAT_DTYPES:
             raise UnsupportedModelError(
                 f"{self.location}: {name} is {tensor.dtype}, need fp32, fp16 or bf16 weights (quantised checkpoints "
@@ -122,17 +124,32 @@ def check_names(source: TensorSource, slots: dict[str, WeightSlot], is_ignorable
             raise CheckpointError(f"{source.location}: {name} has shape {shape}, need {slot.shape} as the config says.")
 
 
-def load_weights(model: LlamaModel, source: TensorSource, *, progress: bool = True) -> None:
+def load_weights(
+    model: LlamaModel,
+    source: TensorSource,
+    *,
+    progress: bool = True,
+    parts: Mapping[str, TensorPart] | None = None,
+) -> None:
     """Fill every parameter from the source, converting to the model's dtype.
 
+    parts: which part of each checkpoint tensor the model has; what a part leaves of a parameter becomes zero. None =
+    all of them whole, whose names and shapes are then checked here.
     Raises CheckpointError before anything is read if names or shapes don't fit, or while reading a damaged file.
     """
     from tqdm import tqdm
 
     slots = model.checkpoint_slots()
-    check_names(source, slots, model.is_ignorable)
+    if parts is None:
+        check_names(source, slots, model.is_ignorable)
     parameters = dict(model.named_parameters())
     for name, slot in tqdm(slots.items(), desc="Loading weights", unit="tensor", disable=not progress, leave=False):
         parameter = parameters[slot.parameter]
         rows = parameter.data[slot.start : slot.start + slot.shape[0]]
-        rows.copy_(source.read(name))
+        if parts is None:
+            rows.copy_(source.read(name))
+            continue
+        rows.zero_()
+        sizes = [axis.stop - axis.start for axis in parts[name]]
+        if min(sizes) > 0:
+            rows[tuple(slice(size) for size in sizes)].copy_(source.read(name, parts[name]))
