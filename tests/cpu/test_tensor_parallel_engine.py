@@ -115,6 +115,11 @@ def test_sizes_that_cannot_be_are_refused(size, message: str, save) -> None:
         LLM(save("llama"), tensor_parallel_size=size, **SETTINGS)
 
 
+def test_graphs_of_several_ranks_are_refused(save) -> None:
+    with pytest.raises(ConfigError, match="got 2 with executor='hlo-cpu', .* need executor='eager'"):
+        LLM(save("llama"), tensor_parallel_size=2, executor="hlo-cpu", **SETTINGS)
+
+
 def test_command_line_refuses_in_one_line(save, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(save("llama"))
     assert main(["generate", "--model", path, "--prompt", "x", "--tensor-parallel-size", "3"]) == 2
