@@ -61,9 +61,6 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="tokens computed per step")
     group.add_argument("--max-model-len", type=int, metavar="N", help="prompt plus output tokens of one sequence")
     group.add_argument("--preemption", choices=("recompute", "swap"), help="when blocks run out")
-    group.add_argument(
-        "--tensor-parallel-size", type=int, metavar="N", help="processes that share weights, KV heads and CPU threads"
-    )
     group.add_argument("--policy", choices=("fcfs", "priority"), help="order of waiting requests")
 
 
@@ -101,7 +98,7 @@ def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
         "block_size", "num_blocks", "num_swap_blocks", "kv_cache_dtype", "max_num_seqs", "max_num_batched_tokens",
         "max_model_len", "preemption", "policy", "tensor_parallel_size",
     )  # fmt: skip
-    settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    settings = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
     if args.kv_cache_memory is not None:
         settings["kv_cache_memory_bytes"] = args.kv_cache_memory
     if args.no_prefix_caching:

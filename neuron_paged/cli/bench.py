@@ -19,6 +19,7 @@ from neuron_paged.cli.bench_report import (
     kernels_report,
     kv_utilisation_report,
     latency_report,
+    tensor_parallel_report,
     throughput_report,
 )
 from neuron_paged.cli.bucket_report import buckets_report
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("latency", _add_latency, "prefill and decode tokens/s at several batch sizes"),
         ("kv-utilisation", _add_kv_utilisation, "KV waste and batch size against contiguous reservation"),
         ("engine", _add_engine, "what scheduling and batch building cost per step"),
+        ("tensor-parallel", _add_tensor_parallel, "decode steps of several ranks beside those of one process"),
         ("kernels", _add_kernels, "modelled figures of the NKI attention kernels beside their goals, and decode steps"),
         ("buckets", _add_buckets, "sample traffic through bucket schemes: padding, fallbacks, bytes, modelled time"),
     ):
@@ -51,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
         "latency": (_latency, latency_report),
         "kv-utilisation": (_kv_utilisation, kv_utilisation_report),
         "engine": (_engine, engine_report),
+        "tensor-parallel": (_tensor_parallel, tensor_parallel_report),
         "kernels": (_kernels, kernels_report),
         "buckets": (_buckets, buckets_report),
     }
@@ -110,6 +113,13 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads (default: all)")
     parser.add_argument("--no-model", action="store_true", help="leave out the real step at 32 sequences")
     add_model_arguments(parser)
+
+
+def _add_tensor_parallel(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ranks", type=int, choices=(2, 4, 8), default=2, help="default 2")
+    parser.add_argument("--batch-sizes", type=positive_int, nargs="+", default=[1, 8, 32], metavar="N")
+    parser.add_argument("--steps", type=positive_int, default=40, metavar="N", help="steps per point; default 40")
+    parser.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads of all ranks (default: all)")
 
 
 def _add_kernels(parser: argparse.ArgumentParser) -> None:
@@ -175,6 +185,15 @@ def _latency(args: argparse.Namespace, progress: bool) -> dict[str, Any]:
         progress=progress,
     )
     return {"model": args.model, "num_threads": num_threads, **results}
+
+
+def _tensor_parallel(args: argparse.Namespace, progress: bool) -> dict[str, Any]:
+    from neuron_paged.bench.tensor_parallel import run_tensor_parallel
+
+    set_threads(args.threads)
+    return run_tensor_parallel(
+        num_ranks=args.ranks, batch_sizes=args.batch_sizes, num_steps=args.steps, progress=progress
+    )
 
 
 def _kv_utilisation(args: argparse.Namespace, progress: bool) -> dict[str, Any]:

@@ -87,6 +87,28 @@ def latency_report(results: dict[str, Any]) -> str:
     )
 
 
+def tensor_parallel_report(results: dict[str, Any]) -> str:
+    """Rows of `bench tensor-parallel`."""
+    rows = [
+        [str(row["batch_size"]), row["one_process_s"] * 1e3, row["ranks_s"] * 1e3,
+         row["ranks_s"] / row["one_process_s"], row["collectives_s"] * 1e3]
+        for row in results["batches"]
+    ]  # fmt: skip
+    ranks = f"{results['num_ranks']} ranks x {results['threads_per_rank']}"
+    header = ["batch", f"1 process x {results['num_threads']} ms", f"{ranks} ms", "ratio", "of it in collectives ms"]
+    return "\n".join(
+        [
+            f"decode steps of SmolLM2-135M's size with 8 heads and 4 KV heads, random weights, fp32; "
+            f"{results['collectives_per_step']} collectives per step over gloo ({MEASURED}: "
+            f"{_machine(results['num_threads'])}; median of {results['num_steps']} steps, 3 turns)",
+            "",
+            table(header, rows),
+            "",
+            "The same threads in both, so the ratio is what the ranks cost here; time in collectives includes waiting.",
+        ]
+    )
+
+
 def kv_utilisation_report(results: dict[str, Any]) -> str:
     """One table per distribution of `bench kv-utilisation`."""
     parts = []

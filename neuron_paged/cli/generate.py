@@ -49,6 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stream", action="store_true", help="print text as it comes, prompt by prompt")
     parser.add_argument("--json", metavar="FILE", help='write results and figures as JSON ("-": to standard output)')
     parser.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads (default: all)")
+    parser.add_argument(
+        "--tensor-parallel-size", type=int, metavar="N",
+        help="processes that share weights, KV heads and the CPU threads (default: 1)",
+    )  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="no progress bars and no figures")
     add_model_arguments(parser)
     add_engine_arguments(parser)

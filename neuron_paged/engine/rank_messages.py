@@ -8,8 +8,9 @@ import numpy.typing as npt
 
 Int32Array = npt.NDArray[np.int32]
 
-# Answers of a rank, in the order in which they come: its packages are imported, its weights read, its caches made.
-IMPORTED, LOADED, READY = "imported", "loaded", "ready"
+# Answers of a rank, in the order in which they come: its packages are imported, it has joined the others, its weights
+# are read, its caches made.
+IMPORTED, CONNECTED, LOADED, READY = "imported", "connected", "loaded", "ready"
 
 
 class RankFailed(NamedTuple):

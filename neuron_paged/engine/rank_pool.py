@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
-from neuron_paged.engine.rank_messages import IMPORTED, RankFailed, RankStart
+from neuron_paged.engine.rank_messages import CONNECTED, IMPORTED, RankFailed, RankStart
 from neuron_paged.errors import RankError
 from neuron_paged.models.collectives import CollectiveError, RankGroup, connect
 
@@ -111,9 +111,11 @@ class RankPool:
             rendezvous = Path(folder) / "rendezvous"
             self.send((task, rendezvous))
             try:
-                return connect(0, self.size, rendezvous)
+                group = connect(0, self.size, rendezvous)
             except CollectiveError as error:
                 raise self.blame(error) from error
+            self.wait_for(CONNECTED)  # until then the others need the file
+        return group
 
     def send(self, message: Any) -> None:
         """Send one message to every rank."""

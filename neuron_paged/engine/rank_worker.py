@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from neuron_paged.engine.model_runner import ModelRunner
-from neuron_paged.engine.rank_messages import IMPORTED, LOADED, READY, RankFailed, RankStart, StepMessage
+from neuron_paged.engine.rank_messages import CONNECTED, IMPORTED, LOADED, READY, RankFailed, RankStart, StepMessage
 from neuron_paged.models.collectives import CollectiveError, connect
 from neuron_paged.models.inputs import AttentionInputs
 from neuron_paged.models.loader import load_rank
@@ -56,7 +56,9 @@ def _run(connection: Connection) -> None:
     torch.set_num_threads(start.num_threads)
     connection.send(IMPORTED)
     task, rendezvous = connection.recv()
-    model = load_rank(task, connect(start.rank, start.size, rendezvous))
+    group = connect(start.rank, start.size, rendezvous)
+    connection.send(CONNECTED)
+    model = load_rank(task, group)
     connection.send(LOADED)
     runner = ModelRunner(model, connection.recv())
     runner.warm_up()
