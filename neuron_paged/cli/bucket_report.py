@@ -101,11 +101,26 @@ def buckets_report(results: dict[str, Any]) -> str:
     return "\n\n".join([*parts, f"Fallbacks are per 1000 steps; weights are read besides KV. {NOTES}"])
 
 
+# Column of `bench buckets`: the dimensions it stands for, of which a scheme has one.
+_COLUMNS = {
+    "prefill tokens": ("prefill.num_tokens",),
+    "prefill context": ("prefill.num_folds", "prefill.max_blocks_per_seq"),
+    "decode rows": ("decode.num_seqs",),
+    "decode context": ("decode.max_blocks_per_seq",),
+    "full folds": ("decode.full_folds",),
+    "mixed folds": ("decode.mixed_folds",),
+    "rows per fold": ("decode.seqs_per_fold",),
+}
+
+
 def _padding_table(schemes: list[dict[str, Any]]) -> str:
-    names = list(dict.fromkeys(name for row in schemes for name in row["padding"]))
+    def cells(padding: dict[str, float]) -> list[str]:
+        found = [next((padding[n] for n in names if n in padding), None) for names in _COLUMNS.values()]
+        return [_share(value) for value in found]
+
     rows = []
     for row in schemes:
-        rows.append([row["scheme"], *(_share(row["padding"].get(name)) for name in names)])
+        rows.append([row["scheme"], *cells(row["padding"])])
         if row["predicted"] is not None:
-            rows.append(["  as predicted", *(_share(row["predicted"]["padding"].get(name)) for name in names)])
-    return table(["padding of", *names], rows)
+            rows.append(["  as predicted", *cells(row["predicted"]["padding"])])
+    return table(["padding of", *_COLUMNS], rows)

@@ -25,7 +25,7 @@ from neuron_paged.planning.trace import TraceRequest
 # 5.8 s for six graphs at six parallel, and 101 s for one whole decode graph. [measured, third party] foxl-ai/kiln.
 # The value in between is their geometric mean.
 COMPILE_S = (0.19, 0.8, 3.4)
-MAX_REPLAYED_TOKENS, NUM_WINDOWS = 500_000, 4
+MAX_REPLAYED_TOKENS, NUM_WINDOWS = 300_000, 4  # output tokens of a replay, some 20 s; longer traces in windows
 COMPILE_WORKERS = 8  # graphs compiled at a time: the default of AWS's libtorch-neuronx-lite
 
 

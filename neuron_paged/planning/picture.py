@@ -27,6 +27,7 @@ def draw_plan(plan: BucketPlan, path: Path) -> None:
     decode.set(title=f"decode steps, {len(plan.decode.grid)} graphs", xlabel="sequences", ylabel="folds of KV cache")
     _panel(prefill, needs[1], plan.prefill.grid, "num_tokens", ("num_folds",))
     prefill.set(title=f"prompt chunks, {len(plan.prefill.grid)} graphs", xlabel="tokens", ylabel="folds of KV cache")
+    figure.legend(*decode.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     rank = plan.cost.rank
     figure.suptitle(
         f"{rank.model.name}, {rank.target}, tensor parallelism {rank.tensor_parallel}: modelled time "
@@ -49,5 +50,5 @@ def _panel(axes: Any, needs: Mapping[Bucket, float], grid: BucketGrid[Any], acro
         sizes = [4 + 150 * weight / most for weight in weights.values()]
         axes.scatter(*zip(*weights, strict=True), s=sizes, color="tab:blue", alpha=0.5, label="batches", zorder=2)
     axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
-    axes.legend(loc="upper left")
+    axes.set_ylim(bottom=0, top=1.1 * max(y for _, y in (*corners, *weights)))
+    axes.yaxis.get_major_locator().set_params(integer=True)
