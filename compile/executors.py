@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from compile.errors import CompileError, KernelError, MissingPackageError
 from compile.graph_spec import TensorSpec
-from compile.hlo_edit import for_xla_cpu
+from compile.hlo_cpu import flat_places, for_xla_cpu, is_flat
 from compile.kernel_calls import KERNEL_TARGET, KernelCall
 from compile.lowered_graph import LoweredGraph
 
@@ -62,8 +62,10 @@ class _Run:
     def dispatch(self, out: int, operands: Any, config: str) -> None:
         call = self.calls[config]
         try:
-            one = len(call.results) == 1
-            addresses = [out] if one else ctypes.cast(out, ctypes.POINTER(ctypes.c_void_p))
+            if is_flat(call):
+                addresses: Any = [out + place for place in flat_places(call)]
+            else:
+                addresses = [out] if len(call.results) == 1 else ctypes.cast(out, ctypes.POINTER(ctypes.c_void_p))
             results = [_array_at(addresses[i], spec) for i, spec in enumerate(call.results)]
             if self.error is not None:  # later kernels would work on garbage
                 return
@@ -153,13 +155,9 @@ class HloCpuRuntime:
 
     def load(self, graph: LoweredGraph) -> "HloCpuExecutable":
         """Compile a graph. Raises CompileError if XLA refuses it or a kernel is missing."""
-        missing = sorted({call.name for call in graph.manifest.kernels.values()} - self.kernels.keys())
-        if missing:
-            raise CompileError(
-                f"{graph.manifest.name}: no kernel for {', '.join(missing)}; this runtime has {sorted(self.kernels)}."
-            )
+        self._check_kernels(graph)
         try:
-            computation = self._xla.XlaComputation(for_xla_cpu(graph.hlo))
+            computation = self._xla.XlaComputation(for_xla_cpu(graph.hlo, graph.manifest.kernels))
             module = self._xla._xla.mlir.xla_computation_to_mlir_module(computation)
             devices = self._xla.DeviceList((self._device,))
             executable = self._client.compile_and_load(module, devices, self._options)
@@ -167,6 +165,27 @@ class HloCpuRuntime:
             raise CompileError(f"{graph.manifest.name}: XLA refuses the graph: {error}") from error
         self.num_compiles += 1
         return HloCpuExecutable(self, graph, executable)
+
+    def load_compiled(self, graph: LoweredGraph, executable: bytes) -> "HloCpuExecutable":
+        """The executable of a graph that HloCpuExecutable.serialize gave, on a CPU with the same instruction sets
+        (host_cpu.instruction_sets) and the same jaxlib; nothing is compiled.
+
+        Raises CompileError if it can't be read or a kernel is missing.
+        """
+        self._check_kernels(graph)
+        try:
+            devices = self._xla.DeviceList((self._device,))
+            loaded = self._client.deserialize_executable(executable, devices, self._xla.CompileOptions())
+        except Exception as error:
+            raise CompileError(f"{graph.manifest.name}: XLA can't read the executable: {error}") from error
+        return HloCpuExecutable(self, graph, loaded)
+
+    def _check_kernels(self, graph: LoweredGraph) -> None:
+        missing = sorted({call.name for call in graph.manifest.kernels.values()} - self.kernels.keys())
+        if missing:
+            raise CompileError(
+                f"{graph.manifest.name}: no kernel for {', '.join(missing)}; this runtime has {sorted(self.kernels)}."
+            )
 
 
 class HloCpuExecutable:
@@ -176,6 +195,10 @@ class HloCpuExecutable:
         self.manifest = graph.manifest
         self._runtime, self._executable = runtime, executable
         self._num_results = len(graph.manifest.outputs) - len(graph.manifest.aliases)
+
+    def serialize(self) -> bytes:
+        """Machine code for this process's instruction sets and jaxlib, for HloCpuRuntime.load_compiled."""
+        return self._runtime._client.serialize_executable(self._executable)
 
     def run(
         self,

@@ -24,7 +24,6 @@ from compile.protobuf import (
 _TYPE_NUMBERS = {name: number for number, name in PRIMITIVE_TYPES.items()}
 # XLA's API_VERSION_STATUS_RETURNING: what the documented HLO of an NKI kernel carries.
 API_VERSION_STATUS_RETURNING = 2
-API_VERSION_STATUS_RETURNING_UNIFIED = 3
 
 
 def must_alias(output_to_parameter: Mapping[int, int]) -> bytes:
@@ -36,7 +35,7 @@ def must_alias(output_to_parameter: Mapping[int, int]) -> bytes:
     return submessage(8, entries) if entries else b""
 
 
-def _array_shape(spec: TensorSpec) -> bytes:
+def array_shape(spec: TensorSpec) -> bytes:
     """ShapeProto: element_type (2), dimensions (3), layout (5) with minor_to_major (1): row-major."""
     dims = b"".join(integer(3, size) for size in spec.shape)
     return integer(2, _TYPE_NUMBERS[spec.dtype]) + dims + submessage(5, packed(1, reversed(range(len(spec.shape)))))
@@ -44,8 +43,8 @@ def _array_shape(spec: TensorSpec) -> bytes:
 
 def _result_shape(specs: Sequence[TensorSpec]) -> bytes:
     if len(specs) == 1:
-        return _array_shape(specs[0])
-    return integer(2, _TYPE_NUMBERS["tuple"]) + b"".join(submessage(4, _array_shape(spec)) for spec in specs)
+        return array_shape(specs[0])
+    return integer(2, _TYPE_NUMBERS["tuple"]) + b"".join(submessage(4, array_shape(spec)) for spec in specs)
 
 
 def _instruction(name: str, opcode: str, shape: bytes, identifier: int, fields: bytes) -> bytes:
@@ -69,7 +68,7 @@ def custom_call_module(
     result = _result_shape(results)
     call_id, computation_id = count + 1, count + 2
     parameters = [
-        _instruction(f"p{i}", "parameter", _array_shape(spec), i + 1, integer(9, i)) for i, spec in enumerate(operands)
+        _instruction(f"p{i}", "parameter", array_shape(spec), i + 1, integer(9, i)) for i, spec in enumerate(operands)
     ]
     fields = packed(36, range(1, count + 1)) + text(28, target) + text(43, backend_config)
     for output, operand in aliases.items():
@@ -78,7 +77,7 @@ def custom_call_module(
     fields += integer(77, API_VERSION_STATUS_RETURNING)
     call = _instruction("custom-call", "custom-call", result, call_id, fields)
 
-    program_shape = b"".join(submessage(1, _array_shape(spec)) for spec in operands) + submessage(2, result)
+    program_shape = b"".join(submessage(1, array_shape(spec)) for spec in operands) + submessage(2, result)
     program_shape += b"".join(text(3, f"p{i}") for i in range(count))
     full_name = f"{name}.{computation_id}"
     computation = text(1, full_name) + b"".join(submessage(2, encoded) for encoded in [*parameters, call])
@@ -132,27 +131,6 @@ def _inlined(encoded: Field, wrapped: Mapping[int, Computation]) -> Field:
     taken = [f for f in callee.root.fields if f.number not in (1, 3, 7, 35, 36)]
     operands = b"".join(varint(arguments[number or 0]) for number in numbers)
     return Field(2, BYTES, write_fields([*kept, *taken, Field(36, BYTES, operands)]))
-
-
-def for_xla_cpu(hlo: bytes) -> bytes:
-    """The module with custom calls in the only form in which XLA:CPU hands their backend config to a callback."""
-    fields = []
-    for top in read_fields(hlo):
-        if top.number == 3 and isinstance(top.value, bytes):
-            parts = [
-                Field(2, BYTES, write_fields(map(_as_unified_call, read_fields(part.value))))
-                if part.number == 2 and isinstance(part.value, bytes)
-                else part
-                for part in read_fields(top.value)
-            ]
-            top = Field(3, BYTES, write_fields(parts))
-        fields.append(top)
-    return write_fields(fields)
-
-
-def _as_unified_call(field: Field) -> Field:
-    is_version = field.number == 77 and field.value == API_VERSION_STATUS_RETURNING
-    return field._replace(value=API_VERSION_STATUS_RETURNING_UNIFIED) if is_version else field
 
 
 def normalise(hlo: bytes, name: str) -> bytes:

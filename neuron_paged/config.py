@@ -97,14 +97,22 @@ class GraphConfig:
     kernels: what stands behind the operators' custom calls: "cpu", the fast CPU kernels; "plain": no custom calls, the
         operators are lowered to plain operations.
     python: interpreter of an environment with torch_xla, None = this one.
+    bundle: store with compiled graphs, a folder or s3://bucket/prefix; None lowers and compiles at start.
+    allow_compiling: without a fitting bundle, lower and compile at start; False makes that an error within seconds.
     """
 
     executor: Literal["eager", "hlo-cpu"] = "eager"
     buckets: tuple[str, ...] | None = None
     kernels: Literal["cpu", "plain"] = "cpu"
     python: Path | None = None
+    bundle: str | None = None
+    allow_compiling: bool = True
 
     def __post_init__(self) -> None:
+        if self.executor == "eager" and self.bundle is not None:
+            raise ConfigError("bundle: eager steps need none; need executor='hlo-cpu' with it.")
+        if self.bundle is None and not self.allow_compiling:
+            raise ConfigError("no_compile: got no bundle with it, need one to take the graphs from.")
         for name, allowed in (("executor", EXECUTORS), ("kernels", GRAPH_KERNELS)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"GraphConfig.{name}: got {getattr(self, name)!r}, need one of {allowed}.")

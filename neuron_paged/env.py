@@ -44,6 +44,11 @@ def xla_functionalizes() -> bool:
     return os.environ.get("XLA_DISABLE_FUNCTIONALIZATION", "0").lower() not in ("1", "true", "yes", "y", "on")
 
 
+def neuron_cc_flags() -> str:
+    """NEURON_CC_FLAGS, which AWS's tools pass on to neuronx-cc; "" if it is not set."""
+    return os.environ.get("NEURON_CC_FLAGS", "")
+
+
 def reported_variables() -> dict[str, str]:
     """Set variables that change how a run behaves; values that look like credentials are masked."""
     shown = {}

@@ -79,6 +79,10 @@ def add_graph_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--graph-kernels", choices=GRAPH_KERNELS, help="behind the operators in graphs (default: cpu)")
     group.add_argument("--graph-python", metavar="PATH", help="interpreter that has torch_xla (default: this one)")
+    group.add_argument(
+        "--bundle", metavar="STORE", help="take the graphs from a folder or s3://bucket/prefix (`neuron-paged compile`)"
+    )
+    group.add_argument("--no-compile", action="store_true", help="fail at once if no bundle fits")
 
 
 def graph_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -88,6 +92,8 @@ def graph_settings(args: argparse.Namespace) -> dict[str, Any]:
         "graph_buckets": args.graph_bucket,
         "graph_kernels": args.graph_kernels,
         "graph_python": args.graph_python,
+        "bundle": args.bundle,
+        "no_compile": args.no_compile,
     }
     return {name: value for name, value in given.items() if value is not None}
 

@@ -15,12 +15,11 @@ import torch
 
 from compile.buckets import Bucket, BucketGrid, DecodeTableBucket, PrefillTableBucket
 from compile.executors import HloCpuRuntime, Kernel
-from compile.graph_lint import check_graph
-from compile.kernel_calls import StandInKernelCompiler
-from compile.lower import Progress, lower_graphs
+from compile.lower import Progress
 from neuron_paged.config import CacheConfig
 from neuron_paged.engine.batch import Batch
 from neuron_paged.engine.executor import StepResult
+from neuron_paged.engine.graph_source import GraphSource, LoweredNow
 from neuron_paged.engine.graph_stats import GraphStats
 from neuron_paged.engine.model_runner import ModelRunner, to_step_logprobs
 from neuron_paged.engine.packed_rows import PackedRows, SamplingArrays, TableBucket
@@ -35,7 +34,6 @@ from neuron_paged.models.graph_step import (
     GraphStep,
     cache_name,
     graph_spec,
-    lowering_request,
 )
 from neuron_paged.models.inputs import AttentionInputs
 from neuron_paged.models.sampler import UNSETTLED, SamplingColumns, sample
@@ -71,7 +69,7 @@ class GraphRunner:
     model: with its weights, on the CPU and not prepared for it (load_model(…, prepare=False)). config: num_blocks set.
     buckets: of any kinds that graph_step knows. kernels: what stands behind the operators' custom calls; None lowers
     them to plain operations instead. python: interpreter with torch_xla, None = this one. progress: called with
-    ("lowering" or "compiling", graphs done, graphs in all).
+    ("lowering", "compiling" or "loading", graphs done, graphs in all). source: of the graphs, None = lower them now.
     Raises CompileError and its subclasses, ConfigError.
     """
 
@@ -84,23 +82,15 @@ class GraphRunner:
         kernels: Mapping[str, Kernel] | None,
         python: Path | None = None,
         progress: Progress | None = None,
+        source: GraphSource | None = None,
     ) -> None:
         self.graph_model = graph_model(model, config)
         self._decode, self._prefill = _grid(buckets, DecodeTableBucket), _grid(buckets, PrefillTableBucket)
         self._block_size = config.block_size
         self.graph_stats = GraphStats()
         self.runtime = HloCpuRuntime(kernels or {})  # first: what it may miss shows before any work is done
-        compiler = None if kernels is None else StandInKernelCompiler()
-        requests = [lowering_request(self.graph_model, bucket, compiler) for bucket in buckets]
-        graphs = lower_graphs(requests, python=python, progress=progress)
-        self._executables = {}
-        for number, (bucket, graph) in enumerate(zip(buckets, graphs, strict=True)):
-            if progress is not None:
-                progress("compiling", number, len(graphs))
-            check_graph(graph)
-            self._executables[bucket.name] = self.runtime.load(graph)
-        if progress is not None:
-            progress("compiling", len(graphs), len(graphs))
+        graphs = LoweredNow(kernels is not None, python) if source is None else source
+        self._executables = graphs.load(self.runtime, self.graph_model, buckets, progress)
         self.graph_stats.num_compiles = self.runtime.num_compiles
         self._eager = ModelRunner(model, config)
         step = GraphStep(model, buckets[0])

@@ -40,7 +40,9 @@ class LLM:
     to a quarter of the free memory.
     executor: "eager" runs steps as they come; "hlo-cpu" lowers the model into one static graph per bucket, as for a
     device, and runs those on XLA:CPU. graph_buckets: names of compile.buckets ("decode_table-8x16"), None = ladders
-    from the limits. graph_kernels, graph_python: see GraphConfig.kernels and .python.
+    from the limits. graph_kernels, graph_python: see GraphConfig.kernels and .python. bundle: store with graphs that
+    `neuron-paged compile --target cpu` made, a folder or s3://bucket/prefix; cache settings and max_model_len that are
+    not given are the bundle's. no_compile: without a fitting bundle fail at once instead of lowering and compiling.
     Raises ModelNotFoundError, UnsupportedModelError, CheckpointError, ConfigError, GraphError.
     """
 
@@ -57,20 +59,34 @@ class LLM:
         graph_buckets: Sequence[str] | None = None,
         graph_kernels: Literal["cpu", "plain"] = "cpu",
         graph_python: str | Path | None = None,
+        bundle: str | Path | None = None,
+        no_compile: bool = False,
         **engine_settings: Any,
     ) -> None:
-        cache, scheduler = _split_settings(engine_settings)
-        graphs = _graph_config(executor, graph_buckets, graph_kernels, graph_python)
+        cache, scheduler = split_settings(engine_settings)
+        if bundle is not None and executor == "eager":
+            executor = "hlo-cpu"
+        graphs = replace(
+            _graph_config(executor, graph_buckets, graph_kernels, graph_python),
+            bundle=None if bundle is None else str(bundle),
+            allow_compiling=not no_compile,
+        )
         graphs.check_cache(CacheConfig(**cache))
         check_tensor_parallel_size(tensor_parallel_size, graphs)
         if executor != "eager" and weight_dtype != "auto":
             raise ConfigError(f"weight_dtype: got {weight_dtype!r}, graphs need 'auto': they store weights in dtype.")
-        from neuron_paged.engine.make_executor import make_executor, require_graph_packages
+        from neuron_paged.engine.make_executor import find_graphs, make_executor, require_graph_packages
         from neuron_paged.engine.model_runner import block_bytes
         from neuron_paged.engine.rank_pool import RankPool
         from neuron_paged.models.loader import load_model
 
         require_graph_packages(graphs)
+        chosen = find_graphs(
+            graphs, model, dtype=dtype, cache=cache, max_model_len=scheduler.get("max_model_len")
+        )
+        if chosen is not None:
+            cache = cache | chosen.cache_settings
+            scheduler = scheduler | {"max_model_len": chosen.max_model_len}
         ranks = RankPool(tensor_parallel_size)
         with ExitStack() as on_error:
             on_error.callback(ranks.stop)
@@ -95,7 +111,7 @@ class LLM:
             with _note_if_slow(
                 "Compiling the CPU kernels, once on this machine ...", progress and executor == "eager"
             ):
-                runner = make_executor(loaded.model, config, graphs, ranks, progress=progress)
+                runner = make_executor(loaded.model, config, graphs, ranks, progress=progress, bundle=chosen)
             on_error.pop_all()
         self.engine = LLMEngine(
             config,
@@ -301,7 +317,8 @@ class _progress_bar:
             self._bar.update()
 
 
-def _split_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """CacheConfig's and SchedulerConfig's among keyword arguments; ConfigError for others and for wrong values."""
     unknown = sorted(set(settings) - _CACHE_SETTINGS - _SCHEDULER_SETTINGS)
     if unknown:
         known = sorted(_CACHE_SETTINGS | _SCHEDULER_SETTINGS | _OWN_SETTINGS)

@@ -4,9 +4,11 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compile.errors import CompileError
+from compile.errors import BundleMissError, CompileError
 from compile.executors import require_jaxlib
 from compile.lower import Progress, require_torch_xla
 from neuron_paged.config import EngineConfig, GraphConfig
@@ -14,6 +16,7 @@ from neuron_paged.engine.graph_buckets import default_buckets, named_buckets
 from neuron_paged.errors import GraphError
 
 if TYPE_CHECKING:
+    from neuron_paged.engine.bundles import ChosenBundle
     from neuron_paged.engine.graph_runner import GraphRunner
     from neuron_paged.engine.model_runner import ModelRunner
     from neuron_paged.engine.rank_pool import RankPool
@@ -21,10 +24,17 @@ if TYPE_CHECKING:
 
 
 def make_executor(
-    model: "LlamaModel", config: EngineConfig, graphs: GraphConfig, ranks: "RankPool", *, progress: bool
+    model: "LlamaModel",
+    config: EngineConfig,
+    graphs: GraphConfig,
+    ranks: "RankPool",
+    *,
+    progress: bool,
+    bundle: "ChosenBundle | None" = None,
 ) -> "ModelRunner | GraphRunner":
     """An executor, warmed up. model: prepared for the CPU for executor "eager", plain modules for graphs; with several
-    `ranks` the part of rank 0, joined to them.
+    `ranks` the part of rank 0, joined to them. bundle: where the graphs come from, with all its buckets unless some are
+    named.
 
     Raises ConfigError, and GraphError where lowering or compiling fails or lacks a package.
     """
@@ -36,14 +46,19 @@ def make_executor(
         runner.warm_up()
         return runner
     from neuron_paged.engine.graph_runner import GraphRunner
+    from neuron_paged.engine.graph_source import FromBundle
     from neuron_paged.ops.host_kernels import CPU_KERNELS
 
-    buckets = default_buckets(config) if graphs.buckets is None else named_buckets(graphs.buckets)
+    if graphs.buckets is not None:
+        buckets = named_buckets(graphs.buckets)
+    else:
+        buckets = default_buckets(config) if bundle is None else named_buckets(bundle.buckets)
     kernels = CPU_KERNELS if graphs.kernels == "cpu" else None
+    source = None if bundle is None else FromBundle(bundle.store, bundle.bundle, kernels is not None)
     try:
         with _graph_progress(progress) as report:
             graph_runner = GraphRunner(
-                model, config.cache, buckets, kernels=kernels, python=graphs.python, progress=report
+                model, config.cache, buckets, kernels=kernels, python=graphs.python, progress=report, source=source
             )
     except CompileError as error:
         raise GraphError(str(error)) from error
@@ -57,7 +72,46 @@ def require_graph_packages(graphs: GraphConfig) -> None:
         return
     try:
         require_jaxlib()
-        require_torch_xla(graphs.python)
+        if graphs.allow_compiling and graphs.bundle is None:
+            require_torch_xla(graphs.python)
+    except CompileError as error:
+        raise GraphError(str(error)) from error
+
+
+def find_graphs(
+    graphs: GraphConfig,
+    model: str | Path,
+    *,
+    dtype: str,
+    cache: dict[str, Any],
+    max_model_len: int | None,
+) -> "ChosenBundle | None":
+    """The bundle that graphs.bundle names, chosen before any weight is read; None to lower and compile instead.
+
+    cache: the CacheConfig settings that were given. Raises GraphError if none fits and nothing may be compiled (else a
+    note on standard error says why), or the store can't be read.
+    """
+    if graphs.bundle is None:
+        return None
+    from neuron_paged.engine.bundles import choose_bundle
+    from neuron_paged.models.loader import read_config
+
+    try:
+        return choose_bundle(
+            graphs.bundle,
+            read_config(model, max_model_len)[0],
+            dtype=dtype,
+            cache=cache,
+            max_model_len=max_model_len,
+            kernels=graphs.kernels,
+            buckets=None if graphs.buckets is None else [bucket.name for bucket in named_buckets(graphs.buckets)],
+        )
+    except BundleMissError as error:
+        if not graphs.allow_compiling:
+            raise GraphError(str(error)) from error
+        print(f"{error} Compiling now.", file=sys.stderr, flush=True)
+        require_graph_packages(replace(graphs, bundle=None))
+        return None
     except CompileError as error:
         raise GraphError(str(error)) from error
 

@@ -192,6 +192,22 @@ def load_model(
         )
 
 
+def read_config(name_or_path: str | Path, max_model_len: int | None = None) -> tuple[ModelConfig, int]:
+    """The config that load_model would give, and its max_model_len, without reading weights.
+
+    Raises ModelNotFoundError, UnsupportedModelError, CheckpointError, ConfigError.
+    """
+    path = resolve(name_or_path)
+    if path.is_file():
+        file = GGUFFile(path)
+        _, config = normalise_config(gguf_config(file))
+        config = GGUFSource(file, config).scale_rope(config)
+    else:
+        _, config = normalise_config(_hf_config(path))
+        config = replace(config, eos_token_ids=_generation_eos(path) or config.eos_token_ids)
+    return config, _fit_model_len(max_model_len, config.max_position_embeddings)
+
+
 def _load_folder(path: Path, options: _Options) -> LoadedModel:
     hf_config = _hf_config(path)
     family, config = normalise_config(hf_config)

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from compile.graph_spec import GraphSpec, TensorSpec
 from compile.hlo import Alias, parse_module, to_text
-from compile.hlo_edit import custom_call_module, for_xla_cpu, inline_kernel_calls, must_alias, normalise
+from compile.hlo_cpu import for_xla_cpu
+from compile.hlo_edit import custom_call_module, inline_kernel_calls, must_alias, normalise
 from compile.protobuf import BYTES, VARINT, Field, integers, packed, read_fields, submessage, text, varint, write_fields
 from tests.cpu.hlo_builder import Builder, shape
 
@@ -129,7 +130,7 @@ def test_normalise_refuses_constants_beyond_32_bits() -> None:
 
 
 def test_for_xla_cpu_changes_the_call_convention_only() -> None:
-    (before,), (after,) = (parse_module(m).custom_calls() for m in (kernel_module(), for_xla_cpu(kernel_module())))
+    (before,), (after,) = (parse_module(m).custom_calls() for m in (kernel_module(), for_xla_cpu(kernel_module(), {})))
     assert before.integer_values(77) == [2] and after.integer_values(77) == [3]
     assert [f for f in before.fields if f.number != 77] == [f for f in after.fields if f.number != 77]
 

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile a model's graphs for a target into a store, ahead of serving. Needs no weights in memory and no device.
+
+Every bucket is one graph. What the store has already is not compiled again, so an interrupted run is just repeated, and
+several machines may run the same command on one s3:// store at the same time: they share the graphs among them.
+cpu: graphs run on this machine's kind of CPU (`generate --bundle STORE`). trn1, inf2, trn2, trn3: needs neuronx-cc.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neuron_paged.cli.arguments import (
+    add_engine_arguments,
+    add_model_arguments,
+    engine_settings,
+    memory_size,
+    positive_int,
+)
+from neuron_paged.cli.output import check_json_target, write_json
+from neuron_paged.config import GRAPH_KERNELS, CacheConfig, SchedulerConfig
+from neuron_paged.engine.llm import split_settings
+from neuron_paged.env import neuron_cc_flags
+from neuron_paged.errors import GraphError, InvalidRequestError
+
+if TYPE_CHECKING:
+    from neuron_paged.engine.bundle_builder import BuildPlan
+
+TARGETS = ("cpu", "trn1", "inf2", "trn2", "trn3")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `neuron-paged compile`."""
+    parser.add_argument("--target", choices=TARGETS, required=True, help="what the graphs are for")
+    parser.add_argument("--store", required=True, metavar="STORE", help="a folder or s3://bucket/prefix")
+    parser.add_argument(
+        "--buckets", nargs="+", metavar="NAME", help="such as decode_table-8x16 prefill_table-8x128x16, or files of "
+        "grids (default: ladders from the limits)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--graph-kernels", choices=GRAPH_KERNELS, help="operators as custom calls to CPU kernels, or as plain "
+        "operations (default: cpu for target cpu, else plain)",
+    )  # fmt: skip
+    parser.add_argument("--graph-python", metavar="PATH", help="interpreter that has torch_xla (default: this one)")
+    parser.add_argument("--tensor-parallel", type=positive_int, default=1, metavar="N", help="ranks (default: 1)")
+    parser.add_argument("--dry-run", action="store_true", help="show key, buckets and what is missing, compile nothing")
+    parser.add_argument(
+        "--json", metavar="FILE", help='write the bundle\'s key and graphs as JSON ("-": standard output)'
+    )
+    group = parser.add_argument_group("compiler")
+    group.add_argument("--lnc", type=int, metavar="N", help="logical NeuronCore configuration (default: the target's)")
+    group.add_argument("--compiler-flags", default="", metavar="FLAGS", help="for neuronx-cc, after NEURON_CC_FLAGS's")
+    group.add_argument("--compiler", default="neuronx-cc", metavar="PATH", help="the executable (default: neuronx-cc)")
+    group.add_argument(
+        "--allow-unknown-compiler", action="store_true", help="take a newer release for the newest known"
+    )
+    group.add_argument("--jobs", type=positive_int, default=1, metavar="N", help="graphs compiled at once (default: 1)")
+    group.add_argument(
+        "--memory", type=memory_size, metavar="SIZE", help="budget of all compilers together, e.g. 64GiB"
+    )
+    group.add_argument("--timeout", type=positive_int, metavar="S", help="seconds per graph (default: none)")
+    group.add_argument("--logs", metavar="FOLDER", help="keeps the logs of failed graphs (default: neuron-paged-logs)")
+    group.add_argument(
+        "--lease", type=positive_int, default=600, metavar="S",
+        help="seconds after which another machine takes over what a dead one claimed (default: 600)",
+    )  # fmt: skip
+    add_model_arguments(parser)
+    add_engine_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Settle everything, compile, report."""
+    check_json_target(args.json)
+    from compile.bundle import bundle_key
+    from compile.bundle_store import finished_graph
+    from compile.errors import CompileError
+    from compile.store import open_store
+
+    try:
+        plan = _plan(args)
+        store = open_store(args.store, create=not args.dry_run)
+        names = [bucket.name for bucket in plan.buckets]
+        print(f"bundle {bundle_key(plan.fields, names)[:12]}: {len(names)} graphs for {args.target}", file=sys.stderr)
+        if args.dry_run:
+            states = {name: finished_graph(store, plan.fields, name) is not None for name in names}
+            for name, finished in states.items():
+                print(f"{name}: {'there' if finished else 'to compile'}")
+            write_json(args.json, {"key": bundle_key(plan.fields, names), "fields": plan.fields, "graphs": states})
+            return 0
+        progress = _Progress(len(names))
+        bundle = plan.build(store, batch_size=max(args.jobs, 4), lease_s=args.lease, on_event=progress.report)
+    except CompileError as error:
+        raise GraphError(str(error)) from error
+    if args.json != "-":
+        print(f"{store.location}: bundle {bundle.key[:12]}, {len(bundle.graphs)} graphs, {bundle.num_bytes} bytes")
+    write_json(args.json, {"key": bundle.key, "fields": bundle.fields, "graphs": sorted(bundle.graphs)})
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> "BuildPlan":
+    from neuron_paged.engine.bundle_builder import CompilerSettings, plan_build
+
+    if args.weight_dtype != "auto":
+        raise InvalidRequestError(
+            f"--weight-dtype: got {args.weight_dtype!r}, graphs need auto: weights are in --dtype."
+        )
+    cache, scheduler = split_settings(engine_settings(args))
+    kernels: dict[Any, bool | None] = {None: None, "cpu": True, "plain": False}
+    try:
+        from compile.neuronx_cc_flags import parse_flags
+
+        settings = CompilerSettings(
+            lnc=args.lnc,
+            flags=parse_flags(args.compiler_flags),
+            environment_flags=neuron_cc_flags(),
+            max_jobs=args.jobs,
+            memory_bytes=args.memory,
+            timeout_s=args.timeout,
+            executable=args.compiler,
+            log_folder=Path(args.logs or "neuron-paged-logs"),
+            allow_unknown=args.allow_unknown_compiler,
+        )
+        return plan_build(
+            args.model,
+            args.target,
+            dtype=args.dtype,
+            cache=CacheConfig(**cache),
+            scheduler=SchedulerConfig(**{k: v for k, v in scheduler.items() if k != "max_model_len"}),
+            max_model_len=scheduler.get("max_model_len"),
+            buckets=args.buckets,
+            kernels=kernels[args.graph_kernels],
+            tensor_parallel_size=args.tensor_parallel,
+            python=None if args.graph_python is None else Path(args.graph_python),
+            compiler=settings,
+        )
+    except ValueError as error:  # flags and logical cores; the project's own errors are ValueErrors too
+        raise InvalidRequestError(str(error)) from error
+
+
+class _Progress:
+    """A line per graph on standard error."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done, self._waiting = total, 0, False
+
+    def report(self, event: str, bucket: str, text: str) -> None:
+        if event == "waiting":
+            if not self._waiting:
+                print(f"waiting: {text}", file=sys.stderr, flush=True)
+            self._waiting = True
+            return
+        self._waiting = False
+        self._done += 1
+        note = f": {text}" if text else ""
+        print(f"[{self._done}/{self._total}] {bucket} {event}{note}", file=sys.stderr, flush=True)

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a model, engine settings and a target to a bundle in a store: no weights, no device, nothing to serve needed."""
+
+import platform
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Literal
+
+from compile.build import Backend, Build, Event, NeuronBackend, XlaCpuBackend
+from compile.bundle import Bundle, Fields
+from compile.claims import Claims
+from compile.executors import HloCpuRuntime
+from compile.graph_lint import Target, check_graph
+from compile.lower import require_torch_xla
+from compile.lowered_graph import LoweredGraph
+from compile.neuronx_cc import COMPILER, find_compiler
+from compile.neuronx_cc_flags import Phase, canonical_flags, check_lnc, default_flags, parse_flags
+from compile.store import Store
+from neuron_paged import __version__
+from neuron_paged.config import CacheConfig, EngineConfig, SchedulerConfig
+from neuron_paged.engine.cache_sizing import choose_num_blocks
+from neuron_paged.engine.graph_buckets import GraphBucket, default_buckets, named_buckets
+from neuron_paged.engine.graph_fields import cpu_fields, neuron_fields
+from neuron_paged.engine.graph_source import lower_buckets
+from neuron_paged.errors import ConfigError
+from neuron_paged.models.graph_step import GraphModel
+from neuron_paged.models.loader import read_config
+from neuron_paged.models.tensor_parallel import check_tensor_parallel_size
+from nki_kernels.layout import KVCacheLayout
+
+# The number of KV blocks is part of every graph, so it must not depend on the machine that compiles.
+DEFAULT_KV_CACHE_BYTES = 2**30
+BuildTarget = Literal["cpu", Target]
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+_TORCH_NAMES = {"auto": "float32", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class CompilerSettings:
+    """How a target's compiler is run.
+
+    lnc: logical cores, None = the target's default. flags: words for both phases, after ours; environment_flags:
+    NEURON_CC_FLAGS, before them. max_jobs, memory_bytes, timeout_s: see compile_graphs. executable: of the compiler.
+    log_folder: for what failed. allow_unknown: take a newer compiler for the newest known one.
+    """
+
+    lnc: int | None = None
+    flags: tuple[str, ...] = ()
+    environment_flags: str = ""
+    max_jobs: int = 1
+    memory_bytes: int | None = None
+    timeout_s: float | None = None
+    executable: str = COMPILER
+    log_folder: Path | None = None
+    allow_unknown: bool = False
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """Everything settled before the first graph is lowered."""
+
+    model: GraphModel
+    buckets: tuple[GraphBucket, ...]
+    target: BuildTarget
+    kernels: bool
+    fields: Fields
+    backend: Backend
+    python: Path | None = None
+    built: Mapping[str, str] = field(default_factory=dict)
+
+    def build(
+        self,
+        store: Store,
+        *,
+        batch_size: int = 4,
+        lease_s: float = 600.0,
+        on_event: Callable[[Event, str, str], None] = lambda event, bucket, text: None,
+    ) -> Bundle:
+        """Compile what the store lacks and publish the bundle. Raises CompileError and its subclasses."""
+        return Build(
+            store,
+            self.fields,
+            [bucket.name for bucket in self.buckets],
+            self._lower,
+            self.backend,
+            Claims(store, lease_s=lease_s),
+            dict(self.built),
+            batch_size,
+            on_event=on_event,
+        ).run()
+
+    def _lower(self, names: Sequence[str]) -> list[LoweredGraph]:
+        by_name = {bucket.name: bucket for bucket in self.buckets}
+        chosen = [by_name[name] for name in names]
+        graphs = lower_buckets(self.model, chosen, kernels=self.kernels, python=self.python)
+        linted_for: Target = "trn2" if self.target == "cpu" else self.target
+        for graph in graphs:
+            check_graph(graph, target=linted_for)
+        return graphs
+
+
+def plan_build(
+    model: str | Path,
+    target: BuildTarget,
+    *,
+    dtype: str = "auto",
+    cache: CacheConfig,
+    scheduler: SchedulerConfig,
+    max_model_len: int | None = None,
+    buckets: Sequence[str] | None = None,
+    kernels: bool | None = None,
+    tensor_parallel_size: int = 1,
+    python: Path | None = None,
+    compiler: CompilerSettings | None = None,
+) -> BuildPlan:
+    """Settle everything that can be settled without compiling.
+
+    buckets: names or files, None = ladders from the limits. kernels: custom calls for the operators; None = yes for
+    cpu, no for Neuron targets, for which this version has no kernel compiler: operators become plain operations.
+    Raises ConfigError, ValueError (flags, lnc), CompileError (no compiler, unknown version), model errors.
+    """
+    settings = CompilerSettings() if compiler is None else compiler
+    if kernels and target != "cpu":
+        raise ConfigError("graph_kernels: got 'cpu', Neuron targets need 'plain': CPU kernels do not run there.")
+    config, length = read_config(model, max_model_len)
+    if target == "cpu" and tensor_parallel_size != 1:
+        raise ConfigError(f"tensor_parallel: got {tensor_parallel_size} for target cpu, need 1: it is one device.")
+    check_tensor_parallel_size(tensor_parallel_size, config)
+    name = _TORCH_NAMES[dtype]
+    kv_dtype = name if cache.kv_cache_dtype == "auto" else _TORCH_NAMES.get(cache.kv_cache_dtype, "")
+    if not kv_dtype:
+        raise ConfigError(
+            f"kv_cache_dtype: got {cache.kv_cache_dtype!r}, graphs need 'auto', 'fp32', 'bf16' or 'fp16'."
+        )
+    if cache.block_size & (cache.block_size - 1):
+        raise ConfigError(f"block_size: got {cache.block_size}, graphs need a power of two.")
+    scheduler = replace(scheduler, max_model_len=length)
+    graph_model = GraphModel(config, name, length, cache.block_size, 0, kv_dtype, tensor_parallel_size)
+    layout = KVCacheLayout(graph_model.rank_config.num_kv_heads, cache.block_size, config.head_dim)
+    block_bytes = config.num_layers * layout.block_bytes(_ITEM_BYTES[kv_dtype])
+    if cache.num_blocks is None and cache.kv_cache_memory_bytes is None:
+        cache = replace(cache, kv_cache_memory_bytes=DEFAULT_KV_CACHE_BYTES)
+    num_blocks = choose_num_blocks(cache, scheduler, block_bytes, 2**62)
+    chosen = (
+        default_buckets(EngineConfig(replace(cache, num_blocks=num_blocks), scheduler))
+        if buckets is None
+        else named_buckets(buckets)
+    )
+    graph_model = graph_model._replace(num_blocks=num_blocks)
+    with_kernels = target == "cpu" if kernels is None else kernels
+    fields, backend = _backend(graph_model, target, with_kernels, settings)
+    require_torch_xla(python)
+    built = {
+        "at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "by": f"neuron-paged {__version__}, python {platform.python_version()}",
+        "on": socket.gethostname(),
+        "model": str(model),
+    }
+    return BuildPlan(graph_model, tuple(chosen), target, with_kernels, fields, backend, python, built)
+
+
+def _backend(model: GraphModel, target: str, kernels: bool, settings: CompilerSettings) -> tuple[Fields, Backend]:
+    operators = "kernels" if kernels else "plain"
+    if target == "cpu":
+        from neuron_paged.ops.host_kernels import CPU_KERNELS
+
+        return cpu_fields(model, operators), XlaCpuBackend(HloCpuRuntime(CPU_KERNELS if kernels else {}))
+    lnc = check_lnc(target, settings.lnc)
+    compiler = find_compiler(settings.executable, allow_unknown=settings.allow_unknown)
+    environment = canonical_flags(parse_flags(settings.environment_flags), compiler.version, origin="NEURON_CC_FLAGS")
+    given = canonical_flags(settings.flags, compiler.version, origin="--compiler-flags")
+    flags: dict[Phase, tuple[str, ...]] = {
+        phase: canonical_flags([*default_flags(phase, compiler.version), *environment, *given], compiler.version)
+        for phase in PHASES
+    }
+    fields = neuron_fields(model, target, lnc, compiler.version, flags, operators)
+    backend = NeuronBackend(
+        compiler,
+        target,
+        lnc,
+        flags,
+        settings.max_jobs,
+        settings.memory_bytes,
+        settings.timeout_s,
+        settings.log_folder,
+    )
+    return fields, backend

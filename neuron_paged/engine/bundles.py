@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Choosing a bundle for an engine before any weight is read: what is not set is taken from the bundle."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compile.buckets import bucket_of_name
+from compile.bundle import Bundle, Fields
+from compile.bundle_store import copy_bundle, find_bundle
+from compile.store import Store, open_store
+from neuron_paged.engine.graph_fields import cpu_fields
+from neuron_paged.env import cache_dir
+from neuron_paged.models.config import ModelConfig
+from neuron_paged.models.graph_step import GraphModel
+
+_DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+@dataclass(frozen=True)
+class ChosenBundle:
+    """A bundle on this machine."""
+
+    store: Store
+    bundle: Bundle
+
+    @property
+    def cache_settings(self) -> dict[str, Any]:
+        """block_size, num_blocks and kv_cache_dtype as CacheConfig takes them."""
+        cache = self.bundle.fields["cache"]
+        dtypes = {name: short for short, name in _DTYPE_NAMES.items()}
+        return {
+            "block_size": cache["block_size"],
+            "num_blocks": cache["num_blocks"],
+            "kv_cache_dtype": dtypes[cache["dtype"]],
+        }
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens that the graphs' rotary table has room for."""
+        return int(self.bundle.fields["model"]["max_positions"])
+
+    @property
+    def buckets(self) -> list[str]:
+        """Names of its graphs, cheapest first."""
+        return [b.name for b in sorted(map(bucket_of_name, self.bundle.graphs), key=lambda b: (b.KIND, b.work, b.name))]
+
+
+def choose_bundle(
+    location: str | Path,
+    config: ModelConfig,
+    *,
+    dtype: str,
+    cache: dict[str, Any],
+    max_model_len: int | None,
+    kernels: str,
+    buckets: Sequence[str] | None,
+) -> ChosenBundle:
+    """The bundle of a store for target cpu that fits these settings; one under s3:// is pulled into the cache folder.
+
+    dtype: as LLM takes it. cache: CacheConfig's settings that were given. max_model_len: None = whatever the bundle
+    has. kernels: GraphConfig.kernels. buckets: names it must have.
+    Raises BundleMissError, which names the nearest bundle and what differs; BundleError, StoreError.
+    """
+    store = open_store(location)
+    wanted = wanted_fields(config, dtype=dtype, cache=cache, max_model_len=max_model_len, kernels=kernels)
+    bundle = find_bundle(store, wanted, buckets or ())
+    if str(location).startswith("s3://"):
+        local = open_store(cache_dir() / "bundles", create=True)
+        copy_bundle(store, local, bundle)
+        store = local
+    return ChosenBundle(store, bundle)
+
+
+def wanted_fields(
+    config: ModelConfig, *, dtype: str, cache: dict[str, Any], max_model_len: int | None, kernels: str
+) -> Fields:
+    """Fields of a bundle's key that are settled; those that were not given are left out."""
+    name = _DTYPE_NAMES.get(dtype, "float32")
+    kv_dtype = _DTYPE_NAMES.get(cache.get("kv_cache_dtype", "auto"), name)
+    open_value = 0
+    model = GraphModel(
+        config,
+        name,
+        max_model_len or open_value,
+        cache.get("block_size", open_value),
+        cache.get("num_blocks") or open_value,
+        kv_dtype,
+    )
+    fields = {**cpu_fields(model, "kernels" if kernels == "cpu" else "plain")}
+    for group, given in (("model", {"max_positions": max_model_len}), ("cache", cache)):
+        kept = {k: v for k, v in fields[group].items() if v != open_value}
+        if group == "cache" and "kv_cache_dtype" not in given:
+            kept.pop("dtype", None)
+        fields[group] = kept
+    return {name: value for name, value in fields.items() if value != {}}

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a compiled graph was made from, as the fields of a bundle's key: model, cache, sources, compiler, flags, target.
+
+Whatever changes a graph or its executable is here; what does not (paths, comments, order, when and where) is not.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from compile.bundle import Fields
+from compile.executors import JAXLIB_VERSION
+from compile.host_cpu import instruction_sets
+from compile.lower import TORCH_VERSION, TORCH_XLA_VERSION
+from compile.neuronx_cc_flags import Phase, keyed_flags
+from compile.source_digest import files_digest
+from neuron_paged.models.graph_step import GraphModel
+
+_ROOT = Path(__file__).resolve().parents[2]
+# Sources that decide what a graph says: the model's step, the operators' lowering, the tracing.
+STEP_SOURCES = (
+    "neuron_paged/models/{}.py",
+    ("collectives", "graph_step", "inputs", "layers", "linear", "llama", "sampler", "step", "tensor_parallel"),
+)
+OPERATOR_SOURCES = ("neuron_paged/ops/{}.py", ("fake", "plain", "schema", "xla"))
+LOWERING_SOURCES = ("compile/{}.py", ("hlo_edit", "kernel_calls", "trace"))
+KERNEL_SOURCES = ("nki_kernels/*.py",)
+
+
+@cache
+def kernel_sources_digest(root: Path = _ROOT) -> str:
+    """Of the NKI kernels."""
+    return files_digest(root, KERNEL_SOURCES)
+
+
+@cache
+def step_sources_digest(root: Path = _ROOT) -> str:
+    """Of everything else that a graph's contents follow from."""
+    groups = (STEP_SOURCES, OPERATOR_SOURCES, LOWERING_SOURCES)
+    return files_digest(root, [pattern.format(name) for pattern, names in groups for name in names])
+
+
+def model_fields(model: GraphModel) -> dict[str, Any]:
+    """Model and cache. End-of-sequence ids are the engine's business, no graph knows them."""
+    config = {name: value for name, value in asdict(model.config).items() if not name.endswith(("eos_token_ids",))}
+    return {
+        "model": {"config": _plain(config), "dtype": model.dtype, "max_positions": model.max_positions},
+        "cache": {"block_size": model.block_size, "num_blocks": model.num_blocks, "dtype": model.kv_cache_dtype},
+        "tensor_parallel": model.tensor_parallel_size,
+    }
+
+
+def source_fields(operators: str) -> dict[str, Any]:
+    """operators: what the operators became, "kernels" (custom calls) or "plain" (plain operations)."""
+    return {
+        "operators": operators,
+        "kernel_sources": kernel_sources_digest(),
+        "step_sources": step_sources_digest(),
+        "toolchain": {"torch": TORCH_VERSION, "torch_xla": TORCH_XLA_VERSION, "functionalization": "off"},
+    }
+
+
+def cpu_fields(model: GraphModel, operators: str) -> Fields:
+    """Fields of graphs compiled by XLA:CPU for this host."""
+    compiled = {"target": "cpu", "compiler": f"xla-cpu of jaxlib {JAXLIB_VERSION}", "host_cpu": instruction_sets()}
+    return {**model_fields(model), **source_fields(operators), **compiled}
+
+
+def neuron_fields(
+    model: GraphModel, target: str, lnc: int, version: str, flags: Mapping[Phase, Sequence[str]], operators: str
+) -> Fields:
+    """Fields of graphs compiled by neuronx-cc. flags: canonical, by phase."""
+    compiled: dict[str, Any] = {"target": target, "lnc": lnc, "compiler": f"neuronx-cc {version}"}
+    compiled["flags"] = {phase: keyed_flags(words) for phase, words in flags.items()}
+    return {**model_fields(model), **source_fields(operators), **compiled}
+
+
+def _plain(value: Any) -> Any:
+    """JSON values. Floats to nine digits: their last bits may differ between machines, no graph depends on them."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return float(f"{value:.9g}") if isinstance(value, float) else value
