@@ -24,6 +24,8 @@ JAXLIB_VERSION = "0.7.1"
 # Of XLA's code generation. Measured on CPU, a decode step of SmolLM2-135M at 8 rows: compiled in 1.8 s of CPU time at
 # level 0, in 7.5 s at level 3, and runs equally long, because its time goes into library calls.
 _OPTIMIZATION_LEVEL = 0
+# What executables depend on besides the graph and the CPU.
+COMPILER_IDENTITY = f"xla-cpu of jaxlib {JAXLIB_VERSION}, level {_OPTIMIZATION_LEVEL}"
 
 # A kernel reads `operands` and writes `results`, arrays on the device's own memory in the order of the call. A result
 # that the call aliases with an operand usually is that operand's memory.

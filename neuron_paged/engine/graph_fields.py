@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compile.bundle import Fields
-from compile.executors import JAXLIB_VERSION
+from compile.executors import COMPILER_IDENTITY
 from compile.host_cpu import instruction_sets
 from compile.lower import TORCH_VERSION, TORCH_XLA_VERSION
 from compile.neuronx_cc_flags import Phase, keyed_flags
@@ -64,7 +64,7 @@ def source_fields(operators: str) -> dict[str, Any]:
 
 def cpu_fields(model: GraphModel, operators: str) -> Fields:
     """Fields of graphs compiled by XLA:CPU for this host."""
-    compiled = {"target": "cpu", "compiler": f"xla-cpu of jaxlib {JAXLIB_VERSION}", "host_cpu": instruction_sets()}
+    compiled = {"target": "cpu", "compiler": COMPILER_IDENTITY, "host_cpu": instruction_sets()}
     return {**model_fields(model), **source_fields(operators), **compiled}
 
 
