@@ -6,12 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from neuron_paged import LLM, SamplingParams
 from neuron_paged.cli import main
+from tests.xla.tiny_checkpoint import save_tiny_checkpoint
 
 BUCKETS = ["decode_table-1x4", "decode_table-4x8", "prefill_table-4x32x8"]
 SETTINGS = {"block_size": 8, "num_blocks": 24, "max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 64}
@@ -25,19 +23,7 @@ REQUESTS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, initializer_range=0.3,
-    )  # fmt: skip
-    path = tmp_path_factory.mktemp("tiny")
-    transformers.LlamaForCausalLM(config).save_pretrained(path)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(path)
-    return path
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 def answers(llm: LLM, params: list[SamplingParams]) -> list[list[list[int]]]:

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Building bundles: resumed, shared among processes, killed, with graphs that fail. neuronx-cc is the stand-in."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from compile.build import LOG, NEFF
+from compile.bundle_store import list_bundles, read_graph, verify_bundle
+from compile.errors import CompileError
+from compile.store import Store, open_store
+from tests.cpu.build_samples import BUCKETS, build, starts
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.setenv("STAND_IN_STARTS", str(tmp_path / "starts"))
+    return open_store(tmp_path / "store", create=True)
+
+
+def run_build(store: Store, lease_s: float = 600.0) -> subprocess.Popen:
+    command = [sys.executable, "-m", "tests.cpu.build_samples", store.location, str(lease_s)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_bundle_is_built_once_and_grows(store: Store) -> None:
+    events: list[str] = []
+    bundle = build(store, BUCKETS[:3], on_event=lambda event, bucket, text: events.append(event)).run()
+    assert sorted(starts()) == BUCKETS[:3] and events.count("compiled") == 3
+    files = read_graph(store, bundle.graphs[BUCKETS[0]])
+    assert files[NEFF].startswith(b"STAND-IN NEFF") and b"PASS" in files[LOG] and verify_bundle(store, bundle) == []
+    assert build(store, BUCKETS[:3]).run() == bundle
+    more = build(store, BUCKETS[:5]).run()
+    assert sorted(starts()) == BUCKETS[:5] and more.key != bundle.key
+    assert list_bundles(store)[0] == sorted([bundle, more], key=lambda b: b.key)
+    assert store.names("claims") == []
+
+
+def test_what_succeeds_stays_when_another_graph_fails(store: Store) -> None:
+    with pytest.raises(CompileError, match="1 of 3 graphs failed.*decode_table-13x4.*NCC_EVRF015"):
+        build(store, [*BUCKETS[:2], "decode_table-13x4"]).run()
+    assert list_bundles(store) == ([], []) and len(store.names("graphs")) == 2 and store.names("claims") == []
+    build(store, BUCKETS[:2]).run()
+    assert len(starts()) == 3
+
+
+def test_an_interrupted_build_goes_on_where_it_stopped(store: Store) -> None:
+    child = run_build(store)
+    while len(store.names("graphs")) < 2:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    child.wait(30)
+    done = len(store.names("graphs"))
+    assert 2 <= done < len(BUCKETS) and list_bundles(store) == ([], []) and store.names("claims") == []
+    before = len(starts())
+    bundle = build(store).run()
+    assert len(starts()) - before == len(BUCKETS) - done and verify_bundle(store, bundle) == []
+
+
+def test_processes_share_the_graphs(store: Store) -> None:
+    children = [run_build(store) for _ in range(3)]
+    keys = {child.communicate(timeout=120)[0].strip() for child in children}
+    assert [child.returncode for child in children] == [0, 0, 0] and len(keys) == 1
+    assert sorted(starts()) == BUCKETS  # each exactly once
+    assert len(list_bundles(store)[0]) == 1 and store.names("claims") == []
+
+
+def test_a_killed_process_holds_its_graphs_for_a_lease_only(store: Store) -> None:
+    child = run_build(store, lease_s=3)
+    while not starts():
+        time.sleep(0.01)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    assert store.names("claims")
+    start = time.monotonic()
+    bundle = build(store, lease_s=3).run()
+    assert time.monotonic() - start < 30 and sorted(bundle.graphs) == BUCKETS and store.names("claims") == []

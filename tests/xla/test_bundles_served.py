@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From `neuron-paged compile` to served tokens: local stores, read-only folders, fresh processes, nothing compiled."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from compile.bundle_store import list_bundles, read_graph
+from compile.store import open_store
+from neuron_paged.cli import main
+from tests.xla.tiny_checkpoint import save_tiny_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+BUCKETS = ["decode_table-2x4", "prefill_table-2x16x4"]
+SETTINGS = ["--block-size=8", "--num-blocks=24", "--max-model-len=64"]
+STAND_IN = str(ROOT / "tests" / "cpu" / "stand_ins" / "neuronx-cc")
+PROMPT = ["--raw", "--prompt", "abc", "--prompt", "defgh", "--temperature", "0", "--max-tokens", "6", "--ignore-eos"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def store(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bundles for cpu with kernels and without."""
+    location = tmp_path_factory.mktemp("bundles") / "store"
+    common = ["compile", "--model", str(model), "--target", "cpu", "--store", str(location), *SETTINGS]
+    assert main([*common, "--buckets", *BUCKETS]) == 0
+    assert main([*common, "--graph-kernels", "plain", "--buckets", *BUCKETS]) == 0
+    return location
+
+
+def generate(model: Path, output: Path, *options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "neuron_paged", "generate", "--model", str(model), "--quiet", *PROMPT]
+    return subprocess.run([*command, "--json", str(output), *options], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("kernels", ["cpu", "plain"])
+def test_a_fresh_process_serves_a_read_only_copy_without_compiling(
+    model: Path, store: Path, tmp_path: Path, kernels: str
+) -> None:
+    assert main(["bundle", "pull", str(store), str(tmp_path / "copy")]) == 0
+    for path in [tmp_path / "copy", *(tmp_path / "copy").rglob("*")]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    done = generate(
+        model, tmp_path / "graphs", "--bundle", str(tmp_path / "copy"), "--no-compile", "--graph-kernels", kernels
+    )
+    assert done.returncode == 0, done.stderr
+    assert generate(model, tmp_path / "eager", *SETTINGS).returncode == 0
+    graphs, eager = (json.loads((tmp_path / name).read_text()) for name in ("graphs", "eager"))
+    assert graphs["requests"] == eager["requests"]
+    statistics = graphs["statistics"]["engine"]["graphs"]
+    assert statistics["num_compiles"] == 0 and set(statistics["runs"]) == set(BUCKETS)
+    assert graphs["statistics"]["kv_cache"]["num_blocks"] == 23  # the bundle's, without the null block
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--max-model-len=32"], "model.max_positions: 64 → 32"),
+        (["--num-blocks=25"], "cache.num_blocks: 24 → 25"),
+        (["--block-size=16"], "cache.block_size: 8 → 16"),
+        (["--graph-bucket", "decode_table-64x4"], "buckets: no decode_table-64x4"),
+    ],
+)
+def test_a_miss_is_one_line_that_names_what_differs(
+    model: Path, store: Path, capsys: pytest.CaptureFixture[str], options: list[str], says: str
+) -> None:
+    command = ["generate", "--model", str(model), *PROMPT, "--bundle", str(store), "--no-compile"]
+    assert main([*command, *options]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and says in lines[0] and "neuron-paged compile" in lines[0]
+
+
+def test_a_miss_compiles_when_it_may(model: Path, store: Path, tmp_path: Path) -> None:
+    options = ["--bundle", str(store), "--max-model-len=32", "--graph-bucket", "prefill_table-2x8x8"]
+    done = generate(model, tmp_path / "out", *options, "--block-size=8", "--num-blocks=24")
+    assert done.returncode == 0 and "Compiling now." in done.stderr
+    assert json.loads((tmp_path / "out").read_text())["statistics"]["engine"]["graphs"]["num_compiles"] == 1
+
+
+def test_damage_is_one_line(model: Path, store: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    assert main(["bundle", "pull", str(store), str(copy)]) == 0
+    bundle = next(b for b in list_bundles(open_store(copy))[0] if b.fields["operators"] == "kernels")
+    path = copy / bundle.graphs[BUCKETS[0]].files["executable.xla"].blob
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 1
+    path.unlink()
+    path.write_bytes(content)
+    done = generate(model, tmp_path / "out", "--bundle", str(copy), "--no-compile")
+    assert done.returncode == 2 and "damaged" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+    assert main(["bundle", "verify", str(copy)]) == 1
+
+
+@pytest.mark.parametrize("target", ["trn1", "inf2", "trn2", "trn3"])
+def test_neuron_targets_compile_with_their_flags(
+    model: Path, tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NEURON_CC_FLAGS", "--enable-saturate-infinity")
+    command = ["compile", "--model", str(model), "--target", target, "--compiler", STAND_IN, *SETTINGS]
+    command += ["--store", str(tmp_path / "store"), "--buckets", BUCKETS[0]]
+    assert main(command) == 0
+    store = open_store(tmp_path / "store")
+    [bundle] = list_bundles(store)[0]
+    assert bundle.fields["lnc"] == (1 if target in ("trn1", "inf2") else 2)
+    files = read_graph(store, bundle.graphs[BUCKETS[0]])
+    assert (
+        f"'target', '{target}'".encode() in files["graph.neff"] and b"saturate_infinity', True" in files["graph.neff"]
+    )
+    assert {"graph.hlo", "manifest.json", "compile.log"} <= set(files)
+
+
+BAD = [
+    (["--target", "trn2", "--compiler", "no-such-compiler"], "no such executable"),
+    (["--target", "trn2", "--compiler", STAND_IN, "--compiler-flags", "--no_cache"], "wrapper"),
+    (["--target", "trn2", "--compiler", STAND_IN, "--compiler-flags", "'open"], "close the quote"),
+    (["--target", "inf2", "--compiler", STAND_IN, "--lnc", "2"], "NCC_EARG001"),
+    (["--target", "trn2", "--compiler", "true"], "need a version number"),
+    (["--target", "trn2", "--compiler", STAND_IN, "--graph-kernels", "cpu"], "need 'plain'"),
+    (["--target", "cpu", "--buckets", "decode-8"], "need one of the forms"),
+    (["--target", "cpu", "--block-size", "12"], "power of two"),
+    (["--target", "cpu", "--kv-cache-dtype", "fp8"], "fp8"),
+    (["--target", "cpu", "--graph-python", "/no/python"], "can't be run"),
+]
+
+
+@pytest.mark.parametrize(("options", "says"), BAD)
+def test_bad_input_is_one_line(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], says: str
+) -> None:
+    assert main(["compile", "--model", str(model), "--store", str(tmp_path / "s"), *options]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and says in lines[0]
+    assert not (tmp_path / "s").exists()
