@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels behind a graph's custom calls: the simulated NKI kernels write what the CPU kernels write."""
+
+import numpy as np
+import pytest
+import torch
+
+from compile.graph_spec import TensorSpec
+from compile.kernel_calls import KernelCall
+from neuron_paged.ops.host_kernels import CPU_KERNELS, as_array, simulated_kernels
+from nki_kernels.plan import plan_decode, smallest_shape
+from nki_kernels.plan_shape import SlabLayout
+from nki_kernels.prefill_plan import choose_bucket, plan_prefill
+
+LENS, TABLE = np.array([70, 0, 33], np.int32), np.array([[5, 2, 9, 1, 7], [0] * 5, [3, 8, 4, 0, 0]], np.int32)
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def bfloat16(array):
+    return as_array(torch.from_numpy(array).bfloat16())
+
+
+CACHE = bfloat16(random(12, 2, 2, 16, 64))
+
+
+def decode():
+    plan = plan_decode(TABLE, LENS, layout := SlabLayout(12, 2, 16, 16),
+                       smallest_shape(LENS, layout, columns_per_seq=2, max_columns=32))  # fmt: skip
+    return plan.table, plan.plan_shape
+
+
+def prefill():
+    cu = np.array([0, 20, 20, 25], np.int32)
+    bucket = choose_bucket(LENS, cu, 28)
+    plan = plan_prefill(TABLE, LENS, cu, num_tokens=28, num_kv_heads=2, block_size=16, bucket=bucket)
+    return plan.table, bucket.plan_shape
+
+
+def attention(name, plan, num_tokens):
+    table, plan_shape = plan
+    operands = {"query": bfloat16(random(num_tokens, 4, 64, seed=1)), "kv_cache": CACHE, name: table}
+    attributes = {"plan_shape": ",".join(map(str, plan_shape)), "num_seqs": 3, "softmax_scale": 0.2}
+    return "attention", operands, {"output": operands["query"]}, attributes, False
+
+
+def in_place(name, operands):
+    return name, operands | {"kv_cache": CACHE}, {"kv_cache_out": CACHE}, {}, True
+
+
+SLOTS = np.array([17, 40, 90, 91, 3], np.int32)
+PAIRS = np.array([[1, 2], [2, 6], [6, 1]], np.int32)
+NEW = [bfloat16(random(5, 2, 64, seed=s)) for s in (2, 3)]
+ROTATED = {"positions": np.array([0, 3, 4, 9, 1], np.int32), "query": bfloat16(random(5, 4, 64)), "key": NEW[0],
+           "cos_sin_cache": random(12, 64)}  # fmt: skip
+CALLS = {
+    "decode": attention("decode_plan", decode(), 3),
+    "prefill": attention("prefill_plan", prefill(), 28),
+    "write": in_place("reshape_and_cache", {"key": NEW[0], "value": NEW[1], "slot_mapping": SLOTS}),
+    "copy": in_place("copy_blocks", {"block_mapping": PAIRS}),
+    "rotary": ("rotary_embedding", ROTATED, {"q": ROTATED["query"], "k": NEW[0]}, {"interleaved": True}, False),
+}
+
+
+def run(name, kernels):
+    """Result arrays of a call, run as an executor runs it; in-place results share the operand's memory or not."""
+    op, operands, results, attributes, is_in_place = CALLS[name]
+    arrays = {k: v.copy() for k, v in operands.items()}
+    outputs = {k: np.zeros_like(v) for k, v in results.items()}
+    if is_in_place:
+        outputs["kv_cache_out"] = arrays["kv_cache"] if name == "copy" else outputs["kv_cache_out"]
+
+    def spec(key, array):
+        return TensorSpec(key, array.shape, array.dtype.name)
+
+    pairs = ((0, list(arrays).index("kv_cache")),) if is_in_place else ()
+    call = KernelCall(op, tuple(spec(*x) for x in arrays.items()), tuple(spec(*x) for x in outputs.items()),
+                      tuple(sorted(attributes.items())), pairs)  # fmt: skip
+    kernels[op](call, list(arrays.values()), list(outputs.values()))
+    return [x.astype(np.float32) for x in outputs.values()]
+
+
+@pytest.mark.parametrize("target", ["trn1", "trn2"])
+@pytest.mark.parametrize("name", CALLS)
+def test_simulated_kernels_give_what_the_cpu_kernels_give(name, target):
+    got, expected = run(name, simulated_kernels(target)), run(name, CPU_KERNELS)
+    for x, y in zip(got, expected, strict=True):
+        live = slice(1 if CALLS[name][4] else 0, None)  # kernels drop what is meant for the null block
+        assert np.abs(y[live]).max() > 0.1
+        np.testing.assert_allclose(x[live], y[live], atol=0.03)
+
+
+def test_attention_without_a_plan_has_no_simulated_kernel():
+    call = KernelCall("attention", (TensorSpec("block_table", (3, 5), "int32"),), ())
+    with pytest.raises(ValueError, match="attention: got a block table, need a plan"):
+        simulated_kernels()["attention"](call, [TABLE], [])
