@@ -18,8 +18,8 @@ def depth(z: DecodeSizes) -> int:
     scores per partition (modelled; beyond, and on v4, deep is faster).
     """
     scores = z.columns * z.slab_tokens
-    if z.full_folds < z.mixed_folds:
-        scores = scores * z.seqs
+    if z.full_folds < z.mixed_folds + z.shared_folds:
+        scores = scores * (z.seqs if z.mixed_folds > z.shared_folds else z.shared_seqs)
     return 1 if z.version < 4 and scores <= 256 else 2
 
 

@@ -53,6 +53,13 @@ def setup_plan(z: DecodeSizes, t: DecodeTiles) -> None:
             src=t.table[:, nl.ds(base + full * z.shards + core * count, count)],
             engine=nisa.engine.vector,
         )
+    if z.shared_folds > 0:
+        count, first = z.shared_folds * z.shared_seqs, base + full * z.shards + all_mixed * z.seqs
+        nisa.tensor_copy(
+            dst=t.pairs[:, nl.ds(full + mixed * z.seqs, count)],
+            src=t.table[:, nl.ds(first + core * count, count)],
+            engine=nisa.engine.vector,
+        )
     for i in range(len(t.onehot)):
         n = min(z.num_seqs - i * PMAX, PMAX)
         nisa.tensor_scalar(

@@ -35,7 +35,7 @@ def _clear_on_scalar(t: DecodeTiles, tile, first: int, count: int) -> None:
 def gather(z: DecodeSizes, t: DecodeTiles, kv_cache, u: Unit) -> None:
     """128 slabs of one fold, K and V; out-of-range rows are skipped and keep old, finite contents."""
     half = z.slab_tokens * z.head_dim
-    fold = shard_fold_number(u.fold, z.core, z.full_folds, z.mixed_folds, z.shards)
+    fold = shard_fold_number(u.fold, z.core, z.full_folds, z.mixed_folds, z.shared_folds, z.shards)
     column = (z.first_head + u.head) * (z.num_folds * z.shards) + fold
     index = t.table[:, column : column + 1]
     slabs = kv_cache.shape[0] * z.all_heads

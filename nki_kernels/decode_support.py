@@ -103,12 +103,13 @@ class DecodeProblem:
             raise ValueError("paged_attention_decode: " + " ".join(problems))
         if shape is None:
             return
-        columns = shape.seqs_per_mixed_fold * self.columns_per_seq
-        if columns > self.max_columns:
-            raise ValueError(
-                f"paged_attention_decode: seqs_per_mixed_fold: got {shape.seqs_per_mixed_fold}, need at most "
-                f"{self.max_columns // self.columns_per_seq}: {self.columns_per_seq} score columns per sequence."
-            )
+        for name in ("seqs_per_mixed_fold", "seqs_per_shared_fold"):
+            seqs = getattr(shape, name)
+            if seqs * self.columns_per_seq > self.max_columns:
+                raise ValueError(
+                    f"paged_attention_decode: {name}: got {seqs}, need at most "
+                    f"{self.max_columns // self.columns_per_seq}: {self.columns_per_seq} score columns per sequence."
+                )
         if self.num_cores != shape.num_cores:
             raise ValueError(f"paged_attention_decode: num_cores: {self.num_cores}, the shape has {shape.num_cores}.")
         have = generation(self.target).sbuf_partition_bytes - SBUF_RESERVE
@@ -126,8 +127,10 @@ class DecodeProblem:
         heads = self.num_kv_heads // (1 if shards > 1 else shape.num_cores)
         columns, head_columns = self.columns_per_seq, heads * self.columns_per_seq
         mixed = shape.mixed_folds // shards
-        pairs = shape.full_folds // shards + mixed * shape.seqs_per_mixed_fold
-        widest = columns * (shape.seqs_per_mixed_fold if mixed else 1)
+        shared = shape.shared_folds // shards
+        pairs = shape.full_folds // shards + mixed * shape.seqs_per_mixed_fold + shared * shape.seqs_per_shared_fold
+        seqs = max(shape.seqs_per_mixed_fold if mixed else 1, shape.seqs_per_shared_fold if shared else 1)
+        widest = columns * seqs
         row_tiles = -(-shape.num_seqs // NUM_PARTITIONS)
         pair_tiles = -(-pairs // NUM_PARTITIONS)
         rows, parity = min(shape.num_seqs, NUM_PARTITIONS), 2 if heads > 1 else 1

@@ -36,6 +36,8 @@ class DecodeSizes(nl.NKIObject):  # type: ignore[name-defined]
     full_folds: int  # of this core
     mixed_folds: int
     seqs: int  # S
+    shared_folds: int  # of this core
+    shared_seqs: int  # S0
     shards: int  # cores that share the folds
     core: int
     window: int
@@ -75,7 +77,8 @@ def sum_slots(columns: int, slab_tokens: int) -> int:
 
 
 def decode_sizes(
-    query, kv_cache, full_folds: int, mixed_folds: int, seqs: int, q_len: int, window: int, soft_cap: bool
+    query, kv_cache, full_folds: int, mixed_folds: int, seqs: int, shared_folds: int, shared_seqs: int, q_len: int,
+    window: int, soft_cap: bool,
 ) -> DecodeSizes:
     """Sizes of this program from the arguments of the kernel."""
     version = nisa.get_nc_version().value
@@ -91,7 +94,7 @@ def decode_sizes(
     chunks = 2 if head_dim > PMAX else 1
     transposes = PSUM_BANK_BYTES // (PMAX * (4 if version == 2 else size))
     group_slots = min(slab_tokens, transposes * pack // chunks)
-    full_folds, mixed_folds = full_folds // shards, mixed_folds // shards
+    full_folds, mixed_folds, shared_folds = full_folds // shards, mixed_folds // shards, shared_folds // shards
     return DecodeSizes(
         version=version,
         num_seqs=tokens // q_len,
@@ -107,6 +110,8 @@ def decode_sizes(
         full_folds=full_folds,
         mixed_folds=mixed_folds,
         seqs=seqs,
+        shared_folds=shared_folds,
+        shared_seqs=shared_seqs,
         shards=shards,
         core=core,
         window=window,
@@ -115,8 +120,8 @@ def decode_sizes(
         chunks=chunks,
         transposes=transposes,
         columns=q_len * group,
-        num_pairs=full_folds + mixed_folds * seqs,
-        num_folds=full_folds + mixed_folds,
+        num_pairs=full_folds + mixed_folds * seqs + shared_folds * shared_seqs,
+        num_folds=full_folds + mixed_folds + shared_folds,
         parts=block_size // slab_tokens,
         chunk_dim=head_dim // chunks,
         key_rows=head_dim // chunks * pack,
@@ -130,7 +135,7 @@ class Unit(nl.NKIObject):  # type: ignore[name-defined]
     """One fold of one KV head: the unit of the software pipeline."""
 
     head: int  # local
-    fold: int  # local; full folds first
+    fold: int  # local; numbered full, mixed, shared
     mixed: bool
     seqs: int
     columns: int  # C
@@ -142,14 +147,19 @@ class Unit(nl.NKIObject):  # type: ignore[name-defined]
 
 def decode_units(z: DecodeSizes) -> list:
     """The units of this core in order: head by head, the folds of a head as the plan expects."""
-    order = fold_order(z.full_folds, z.mixed_folds)
+    order = fold_order(z.full_folds, z.mixed_folds, z.shared_folds)
+    shared = z.full_folds + z.mixed_folds
     units, last = [], z.heads * len(order) - 1
     for head in range(z.heads):
         for place in range(len(order)):
             fold = order[place]
-            mixed = fold >= z.full_folds
-            seqs = z.seqs if mixed else 1
-            pair = z.full_folds + (fold - z.full_folds) * z.seqs if mixed else fold
+            mixed = z.full_folds <= fold and fold < shared
+            seqs, pair = 1, fold
+            if mixed:
+                seqs, pair = z.seqs, z.full_folds + (fold - z.full_folds) * z.seqs
+            elif fold >= shared:
+                seqs = z.shared_seqs
+                pair = z.full_folds + z.mixed_folds * z.seqs + (fold - shared) * z.shared_seqs
             number = head * len(order) + place
             split = z.parts > 1 or number == last
             slot = 0 if split and z.parts == 1 else number % RING_DEPTH
@@ -208,7 +218,7 @@ def _ring(count: int, shape: tuple, dtype: str, buffer) -> list:
 def allocate(z: DecodeSizes, table_width: int) -> DecodeTiles:
     """Every tile of the kernel except those of the setup and of the combine."""
     columns, pairs, tokens = z.columns, z.num_pairs, z.slab_tokens
-    widest = z.seqs * columns if z.mixed_folds > 0 else columns
+    widest = columns * max(z.seqs if z.mixed_folds > 0 else 1, z.shared_seqs if z.shared_folds > 0 else 1)
     parity = 2 if z.heads > 1 else 1
     row_tiles = (z.num_seqs + PMAX - 1) // PMAX
     key_psum_dtype = nl.float32 if z.version == 2 else z.dtype

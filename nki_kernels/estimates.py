@@ -63,8 +63,13 @@ def decode_estimate(
     shape: PlanShape | None = None,
     num_cores: int = 1,
     max_columns: int | None = None,
+    shared_prefix_tokens: int = 0,
+    share: bool = True,
 ) -> DecodeEstimate:
     """Modelled cost of attention for one batch; heads are those of one rank.
+
+    shared_prefix_tokens: all sequences start with the same so many tokens (whole blocks of them); share: whether the
+    plan may read them once. live_bytes counts them once per sequence.
 
     shape: the bucket; None takes the smallest that holds the batch, with at most `max_columns`
     score columns (None: the kernel's limit). Runs the
@@ -77,6 +82,10 @@ def decode_estimate(
     problem.check()
     num_blocks_of = -(-lens // block_size)
     layout = problem.layout(int(num_blocks_of.sum()) + 1)
+    table = np.zeros((len(lens), max(int(num_blocks_of.max()), 1)), np.int32)
+    table[np.arange(table.shape[1]) < num_blocks_of[:, None]] = np.arange(1, layout.num_blocks)
+    common = shared_prefix_tokens // block_size
+    table[1:, :common] = table[0, :common]
     if shape is None:
         shape = smallest_shape(
             lens,
@@ -86,18 +95,17 @@ def decode_estimate(
             q_len=q_len,
             sliding_window=sliding_window,
             num_cores=num_cores,
+            block_table=table if share else None,
         )
     problem.check(shape)
-    table = np.zeros((len(lens), max(int(num_blocks_of.max()), 1)), np.int32)
-    table[np.arange(table.shape[1]) < num_blocks_of[:, None]] = np.arange(1, layout.num_blocks)
     plan = plan_decode(table, lens, layout, shape, q_len=q_len, sliding_window=sliding_window)
     cache_name = cache_dtype or dtype
     cache = np.zeros((layout.num_blocks, num_kv_heads, 2, block_size, head_dim), to_numpy(cache_name))
     query = np.zeros((shape.num_seqs * q_len, num_heads, head_dim), to_numpy(dtype))
     report = simulator.run(
         paged_attention_decode, query, cache, plan.table, shape.full_folds, shape.mixed_folds,
-        shape.seqs_per_mixed_fold, q_len, head_dim**-0.5, sliding_window,
-        target=target, grid=num_cores if num_cores > 1 else None,
+        shape.seqs_per_mixed_fold, q_len, head_dim**-0.5, sliding_window, shared_folds=shape.shared_folds,
+        seqs_per_shared_fold=shape.seqs_per_shared_fold, target=target, grid=num_cores if num_cores > 1 else None,
     ).report  # fmt: skip
     seen = np.minimum(lens, sliding_window + q_len - 1) if sliding_window else lens
     fast, slow = report.range_ns

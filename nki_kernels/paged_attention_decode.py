@@ -30,11 +30,14 @@ def paged_attention_decode(
     sinks=None,
     k_scale=None,
     v_scale=None,
+    shared_folds: int = 0,
+    seqs_per_shared_fold: int = 1,
 ):
     """Attention of q_len query tokens per sequence to all cached tokens up to themselves.
 
     Dimensions: N num_seqs, M q_len, H KV heads, G query heads per KV head, D head_dim, B block_size, T tokens per slab,
-    (F1, F2, S) = (full_folds, mixed_folds, seqs_per_mixed_fold), J = F1 + F2·S pairs, P = 128 partitions.
+    (F1, F2, S) = (full_folds, mixed_folds, seqs_per_mixed_fold), (F0, S0) = (shared_folds, seqs_per_shared_fold),
+    J = F1 + F2·S + F0·S0 pairs, P = 128 partitions.
 
     Args:
         query: [N·M, H·G, D] bf16, fp16 or fp32: the dtype of every matmul operand and of the output.
@@ -46,7 +49,7 @@ def paged_attention_decode(
     Returns [N·M, H·G, D]; zeros for rows without a sequence.
 
     Constraints (checked on the host by `DecodeProblem.check`):
-        M·G·S <= 64: one matmul of 64 columns costs as much as one of 8; beyond that VectorE limits.
+        M·G·S and M·G·S0 <= 64: one matmul of 64 columns costs as much as one of 8; beyond that VectorE limits.
         head_dim <= 256: two contractions of up to 128 rows, added while their scores leave PSUM.
         Unused slots of live blocks must be finite: they are multiplied by zero. Whole unused blocks are never read.
         Row ids < 2^24: they may pass through fp32 on the device.
@@ -60,7 +63,8 @@ def paged_attention_decode(
         out[n] = sum_j [pair_seq[j] = n] exp(scale · (m_j - M_n)) · o_j  /  the same sum of l_j
     """
     z = decode_sizes(
-        query, kv_cache, full_folds, mixed_folds, seqs_per_mixed_fold, q_len, sliding_window, logits_soft_cap > 0.0
+        query, kv_cache, full_folds, mixed_folds, seqs_per_mixed_fold, shared_folds, seqs_per_shared_fold, q_len,
+        sliding_window, logits_soft_cap > 0.0,
     )
     out = nl.ndarray(query.shape, dtype=query.dtype, buffer=nl.shared_hbm)
     t = allocate(z, plan.shape[1])

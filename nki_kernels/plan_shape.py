@@ -5,6 +5,7 @@ A *slab* is the K and V of up to `slab_tokens` tokens of one (block, KV head): o
 descriptors. A *fold* is 128 slabs fetched by one gather. Shared by host and kernel: functions use NKI's Python subset.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from .hardware import NUM_PARTITIONS
@@ -62,11 +63,11 @@ class SlabLayout:
 
 @dataclass(frozen=True)
 class PlanShape:
-    """The bucket (N, F1, F2, S) that a compiled kernel serves.
+    """The bucket (N, F1, F2, S, F0, S0) that a compiled kernel serves.
 
-    num_seqs: rows of the batch. full_folds, mixed_folds: folds of each kind. seqs_per_mixed_fold: sequences that may
-    share a mixed fold. num_cores: NeuronCores that share the work (LNC), KV heads first, folds if the heads do not
-    divide (both fold counts must then be even).
+    num_seqs: rows of the batch. full_folds, mixed_folds, shared_folds: folds of each kind. seqs_per_mixed_fold,
+    seqs_per_shared_fold: sequences that may share one. num_cores: NeuronCores that share the work (LNC), KV heads
+    first, folds if the heads do not divide (all fold counts must then be even).
     """
 
     num_seqs: int
@@ -74,9 +75,12 @@ class PlanShape:
     mixed_folds: int
     seqs_per_mixed_fold: int = 1
     num_cores: int = 1
+    shared_folds: int = 0
+    seqs_per_shared_fold: int = 1
 
     def __post_init__(self) -> None:
-        lows = {"num_seqs": 1, "full_folds": 0, "mixed_folds": 0, "seqs_per_mixed_fold": 1, "num_cores": 1}
+        lows = {"num_seqs": 1, "full_folds": 0, "mixed_folds": 0, "seqs_per_mixed_fold": 1, "num_cores": 1,
+                "shared_folds": 0, "seqs_per_shared_fold": 1}  # fmt: skip
         for name, low in lows.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
@@ -84,16 +88,45 @@ class PlanShape:
         if self.num_cores > 2:
             raise ValueError(f"PlanShape.num_cores: got {self.num_cores}, need 1 or 2.")
         if self.num_folds == 0:
-            raise ValueError("PlanShape: full_folds and mixed_folds are both 0, need at least one fold.")
+            raise ValueError("PlanShape: full_folds, mixed_folds and shared_folds are 0, need at least one fold.")
 
     @property
     def num_folds(self) -> int:
-        return self.full_folds + self.mixed_folds
+        return self.full_folds + self.mixed_folds + self.shared_folds
 
     @property
     def num_pairs(self) -> int:
         """(fold, sequence) pairs: one partial result each."""
-        return self.full_folds + self.mixed_folds * self.seqs_per_mixed_fold
+        shared = self.shared_folds * self.seqs_per_shared_fold
+        return self.full_folds + self.mixed_folds * self.seqs_per_mixed_fold + shared
+
+    def pairs_of(self, fold: int) -> tuple[int, int]:
+        """First pair of a fold, which are numbered full, mixed, shared; and how many it has."""
+        if fold < self.full_folds:
+            return fold, 1
+        mixed, after = fold - self.full_folds, self.full_folds + self.mixed_folds * self.seqs_per_mixed_fold
+        if mixed < self.mixed_folds:
+            return self.full_folds + mixed * self.seqs_per_mixed_fold, self.seqs_per_mixed_fold
+        return after + (mixed - self.mixed_folds) * self.seqs_per_shared_fold, self.seqs_per_shared_fold
+
+    def plan_shape(self, slab_tokens: int) -> tuple[int, ...]:
+        """As integers, for an operator's argument: full_folds, mixed_folds, seqs_per_mixed_fold, slab_tokens; with
+        shared folds also shared_folds, seqs_per_shared_fold."""
+        plain = (self.full_folds, self.mixed_folds, self.seqs_per_mixed_fold, slab_tokens)
+        return (*plain, self.shared_folds, self.seqs_per_shared_fold) if self.shared_folds else plain
+
+    @classmethod
+    def from_plan_shape(cls, plan_shape: Sequence[int], num_seqs: int, num_cores: int = 1) -> tuple["PlanShape", int]:
+        """The inverse of `plan_shape`: (shape, slab_tokens). ValueError for anything else."""
+        if len(plan_shape) not in (4, 6):
+            raise ValueError(f"plan_shape: got {list(plan_shape)}, need 4 or 6 integers, PlanShape.plan_shape.")
+        full, mixed, seqs, slab_tokens, *shared = plan_shape
+        return cls(num_seqs, full, mixed, seqs, num_cores, *shared), slab_tokens
+
+    def even(self) -> "PlanShape":
+        """This shape with fold counts rounded up to even ones."""
+        counts = {name: getattr(self, name) for name in ("full_folds", "mixed_folds", "shared_folds")}
+        return replace(self, **{name: count + count % 2 for name, count in counts.items()})
 
     def fold_shards(self, num_kv_heads: int) -> int:
         """Cores that share the folds of one KV head: 1 if the heads divide among the cores."""
@@ -110,6 +143,7 @@ class PlanShape:
             num_seqs=1 << (self.num_seqs - 1).bit_length(),
             full_folds=_ladder(self.full_folds),
             mixed_folds=_ladder(self.mixed_folds),
+            shared_folds=_ladder(self.shared_folds),
         )
 
 
@@ -129,11 +163,12 @@ def slab_tokens_of(block_size: int, head_dim: int, itemsize: int, version: int) 
     return tokens
 
 
-def fold_order(full_folds: int, mixed_folds: int) -> list[int]:
-    """Order in which the kernel visits the folds of a head (mixed ones are numbered from full_folds on).
+def fold_order(full_folds: int, mixed_folds: int, shared_folds: int = 0) -> list[int]:
+    """Order in which the kernel visits the folds of a head, which are numbered full, mixed, shared.
 
-    Mixed folds come after the first ring of full ones, whose tiles they can use without clearing them; with fewer full
-    folds after the first one, while the kernel waits for data anyway. A full fold comes last: its softmax is shorter.
+    Mixed folds, then shared ones, come after the first ring of full ones, whose tiles they can use without clearing
+    them; with fewer full folds after the first one, while the kernel waits for data anyway. A full fold comes last: its
+    softmax is shorter.
     """
     lead = RING_DEPTH
     if full_folds <= RING_DEPTH:
@@ -141,17 +176,22 @@ def fold_order(full_folds: int, mixed_folds: int) -> list[int]:
     order = []
     for fold in range(lead):
         order.append(fold)
-    for fold in range(mixed_folds):
+    for fold in range(mixed_folds + shared_folds):
         order.append(full_folds + fold)
     for fold in range(lead, full_folds):
         order.append(fold)
     return order
 
 
-def shard_fold_number(fold: int, shard: int, full_folds: int, mixed_folds: int, shards: int) -> int:
-    """Global number of fold `fold` of one shard, whose share is full_folds full and mixed_folds mixed folds."""
+def shard_fold_number(
+    fold: int, shard: int, full_folds: int, mixed_folds: int, shared_folds: int, shards: int
+) -> int:
+    """Global number of fold `fold` of one shard, whose share is so many folds of each kind."""
     if shards == 1:
         return fold
-    if fold < full_folds:
-        return shard * full_folds + fold
-    return (shards - 1) * full_folds + shard * mixed_folds + fold
+    first, share, local = 0, full_folds, fold
+    if fold >= full_folds + mixed_folds:
+        first, share, local = (full_folds + mixed_folds) * shards, shared_folds, fold - full_folds - mixed_folds
+    elif fold >= full_folds:
+        first, share, local = full_folds * shards, mixed_folds, fold - full_folds
+    return first + shard * share + local

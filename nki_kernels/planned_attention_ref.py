@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-SLABS_PER_FOLD = 128
+from nki_kernels.plan_shape import SLABS_PER_FOLD, PlanShape
 
 
 def read_slabs_ref(kv_cache: Tensor, rows: Tensor, slab_tokens: int) -> tuple[Tensor, Tensor]:
@@ -39,12 +39,11 @@ def planned_decode_ref(
     """Attention over the folds of a DecodePlan.
 
     query [num_seqs·q_len, num_heads, head_dim]; decode_plan [128, W] int32, `DecodePlan.table`; plan_shape its
-    `plan_shape`: full_folds, mixed_folds, seqs_per_mixed_fold, slab_tokens. Returns fp32, zeros for rows without a
-    sequence. k_scale, v_scale [num_kv_heads] fp32.
+    `plan_shape`. Returns fp32, zeros for rows without a sequence. k_scale, v_scale [num_kv_heads] fp32.
     """
-    full_folds, mixed_folds, seqs_per_fold, slab_tokens = plan_shape
-    num_kv_heads, num_folds = kv_cache.shape[1], full_folds + mixed_folds
-    widths = [num_kv_heads * num_folds, mixed_folds, mixed_folds, full_folds + mixed_folds * seqs_per_fold]
+    shape, slab_tokens = PlanShape.from_plan_shape(plan_shape, num_seqs)
+    num_kv_heads, num_folds = kv_cache.shape[1], shape.num_folds
+    widths = [num_kv_heads * num_folds, shape.mixed_folds, shape.mixed_folds, shape.num_pairs]
     rows, slab_len, slab_seq, pair_seq = decode_plan.split(widths, dim=1)
     q_len = query.shape[0] // num_seqs
     scale, grouped = _grouped(query, num_kv_heads, softmax_scale)
@@ -55,15 +54,16 @@ def planned_decode_ref(
     for head in range(num_kv_heads):
         for fold in range(num_folds):
             row = rows[:, head * num_folds + fold]
-            mixed = fold - full_folds
-            for local in range(seqs_per_fold if mixed >= 0 else 1):
-                pair = full_folds + mixed * seqs_per_fold + local if mixed >= 0 else fold
-                seq = int(pair_seq[0, pair])
+            first, count = shape.pairs_of(fold)
+            mixed = fold - shape.full_folds
+            is_mixed = 0 <= mixed < shape.mixed_folds
+            for local in range(count):
+                seq = int(pair_seq[0, first + local])
                 if seq < 0:
                     continue
                 live = torch.ones(SLABS_PER_FOLD, dtype=torch.bool)
                 visible = torch.ones(q_len, SLABS_PER_FOLD, slab_tokens, dtype=torch.bool)
-                if mixed >= 0:
+                if is_mixed:
                     live = (slab_len[:, mixed] > 0) & (slab_seq[:, mixed] == local)
                     end = slab_len[:, mixed, None] - past  # one past the last token that each query token sees
                     visible = token < end

@@ -77,18 +77,19 @@ def simulate_attention(
             paged_attention_prefill, query, kv_cache, prefill_plan, segments=bucket.segments,
             row_tokens=bucket.row_tokens, **options, **launch,
         ).outputs  # fmt: skip
-    full_folds, mixed_folds, seqs_per_mixed_fold, slab_tokens = plan_shape
+    shape, slab_tokens = PlanShape.from_plan_shape(plan_shape, num_seqs, num_cores)
     q_len = query.shape[0] // num_seqs
     problem = DecodeProblem(target, num_heads, num_kv_heads, head_dim, block_size, *names, q_len, num_cores)
-    problem.check(PlanShape(num_seqs, full_folds, mixed_folds, seqs_per_mixed_fold, num_cores))
+    problem.check(shape)
     if slab_tokens != problem.slab_tokens:
         raise ValueError(
             f"plan_shape: got slab_tokens {slab_tokens}, need {problem.slab_tokens} for this cache on {target}. Make "
             "the plan with DecodeProblem.layout."
         )
     return simulator.run(
-        paged_attention_decode, query, kv_cache, decode_plan, full_folds, mixed_folds, seqs_per_mixed_fold, q_len,
-        **options, **launch,
+        paged_attention_decode, query, kv_cache, decode_plan, shape.full_folds, shape.mixed_folds,
+        shape.seqs_per_mixed_fold, q_len, shared_folds=shape.shared_folds,
+        seqs_per_shared_fold=shape.seqs_per_shared_fold, **options, **launch,
     ).outputs  # fmt: skip
 
 

@@ -133,15 +133,18 @@ def _check_plan(
 
 def _decode_table_shape(query: Tensor, kv_cache: Tensor, num_seqs: int, plan_shape: Sequence[int]) -> tuple[int, int]:
     """Shape of the table that a decode plan's integers describe. Sizes of tensors may be symbols."""
-    need = "[full_folds, mixed_folds, seqs_per_mixed_fold, slab_tokens], DecodePlan.plan_shape"
-    if len(plan_shape) != 4:
+    need = (
+        "[full_folds, mixed_folds, seqs_per_mixed_fold, slab_tokens] and, if there are any, [shared_folds, "
+        "seqs_per_shared_fold]: DecodePlan.plan_shape"
+    )
+    if len(plan_shape) not in (4, 6):
         _fail("plan_shape", list(plan_shape), need)
     if num_seqs == 0 or query.shape[0] % num_seqs != 0:
         _fail("query", query, f"num_tokens (axis 0) a multiple of block_table's num_seqs = {num_seqs}")
     if plan_shape[3] < 1 or kv_cache.shape[3] % plan_shape[3] != 0:
-        _fail("plan_shape", list(plan_shape), f"slab_tokens (last) a divisor of block_size {kv_cache.shape[3]}")
+        _fail("plan_shape", list(plan_shape), f"slab_tokens (fourth) a divisor of block_size {kv_cache.shape[3]}")
     try:
-        return PlanShape(1, *plan_shape[:3]).table_shape(kv_cache.shape[1])
+        return PlanShape.from_plan_shape(plan_shape, 1)[0].table_shape(kv_cache.shape[1])
     except ValueError as error:
         raise ValueError(f"plan_shape: got {list(plan_shape)}, need {need}. {error}") from error
 

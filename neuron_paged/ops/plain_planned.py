@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nki_kernels.hardware import NUM_PARTITIONS as ROWS
+from nki_kernels.plan_shape import PlanShape
 
 _LOWEST = torch.finfo(torch.float32).min
 
@@ -90,10 +91,11 @@ def _decode(
     attend: _Attend, query: Tensor, plan: Tensor, plan_shape: Sequence[int], num_seqs: int, sliding_window: int
 ) -> Tensor:
     """Each (fold, sequence) pair gets a maximum, a sum and an output; a one-hot of pairs per batch row adds them up."""
-    full, mixed, seqs_per_fold, slab_tokens = plan_shape
-    num_kv_heads, folds = attend.kv_cache.shape[1], full + mixed
-    masks = num_kv_heads * folds
-    rows = plan[:, :masks].reshape(ROWS, num_kv_heads, folds).permute(2, 1, 0)
+    shape, slab_tokens = PlanShape.from_plan_shape(plan_shape, num_seqs)
+    full, mixed, seqs_per_fold = shape.full_folds, shape.mixed_folds, shape.seqs_per_mixed_fold
+    num_kv_heads, first_shared = attend.kv_cache.shape[1], full + mixed * seqs_per_fold
+    masks = num_kv_heads * shape.num_folds
+    rows = plan[:, :masks].reshape(ROWS, num_kv_heads, shape.num_folds).permute(2, 1, 0)
     slab_len, slab_seq = plan[:, masks : masks + mixed].T, plan[:, masks + mixed : masks + 2 * mixed].T  # [mixed, 128]
     pairs = plan[0, masks + 2 * mixed :]
     q_len = query.shape[0] // num_seqs
@@ -101,7 +103,10 @@ def _decode(
     grouped = grouped.reshape(num_seqs, q_len, *grouped.shape[1:])  # [N, M, K, G, D]
     asked = grouped.index_select(0, torch.clamp(pairs, min=0))  # per pair
 
-    live = torch.cat(((pairs[:full, None] >= 0).expand(full, ROWS), slab_len > 0))
+    members = pairs[first_shared:].reshape(shape.shared_folds, shape.seqs_per_shared_fold)
+    of_shared = (members >= 0).any(1) if shape.shared_folds else pairs[:0] >= 0
+    alive = ((pairs[:full, None] >= 0).expand(full, ROWS), slab_len > 0, of_shared[:, None].expand(-1, ROWS))
+    live = torch.cat(alive)
     key, value = attend.slabs(rows, live, slab_tokens)
     results = []
     if full:
@@ -117,8 +122,11 @@ def _decode(
         mine = slab_seq[:, None] == local[None, :, None]  # [mixed, S, 128]
         visible = mine[:, :, None, :, None] & seen[:, None]  # [mixed, S, M, 128, tokens]
         visible = visible.reshape(mixed * seqs_per_fold, q_len, -1)
-        shared = [x[:, full:].repeat_interleave(seqs_per_fold, dim=1) for x in (key, value)]
-        results.append(_pairs(attend, asked[full:], shared[0], shared[1], visible))
+        once = [x[:, full : full + mixed].repeat_interleave(seqs_per_fold, dim=1) for x in (key, value)]
+        results.append(_pairs(attend, asked[full:first_shared], once[0], once[1], visible))
+    if shape.shared_folds:
+        once = [x[:, full + mixed :].repeat_interleave(shape.seqs_per_shared_fold, dim=1) for x in (key, value)]
+        results.append(_pairs(attend, asked[first_shared:], once[0], once[1], None))
     top, total, out = (torch.cat(x) for x in zip(*results, strict=True))  # [J, M, K, G] twice, [J, M, K, G, D]
 
     row = torch.arange(num_seqs, dtype=torch.int32, device=plan.device)

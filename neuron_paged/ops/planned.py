@@ -11,6 +11,7 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 
 from nki_kernels.hardware import NUM_PARTITIONS as ROWS
+from nki_kernels.plan_shape import PlanShape
 
 
 class Tables(NamedTuple):
@@ -38,20 +39,27 @@ def decode_tables(
     sliding_window: int,
 ) -> Tables:
     """Tables that mean what a DecodePlan's table means. ValueError for a table that means nothing."""
-    full, mixed, seqs_per_fold, slab_tokens = plan_shape
-    num_kv_heads, folds = kv_cache_shape[1], full + mixed
-    masks = num_kv_heads * folds
-    rows = plan[:, :masks].reshape(ROWS, num_kv_heads, folds).transpose(1, 2, 0)  # [head, fold, partition]
+    shape, slab_tokens = PlanShape.from_plan_shape(plan_shape, num_seqs)
+    full, mixed, seqs_per_fold = shape.full_folds, shape.mixed_folds, shape.seqs_per_mixed_fold
+    num_kv_heads, folds, shared = kv_cache_shape[1], full + mixed, shape.shared_folds
+    masks = num_kv_heads * shape.num_folds
+    rows = plan[:, :masks].reshape(ROWS, num_kv_heads, shape.num_folds).transpose(1, 2, 0)  # [head, fold, partition]
     slab_len, slab_seq = plan[:, masks : masks + mixed].T, plan[:, masks + mixed : masks + 2 * mixed].T
     pairs = plan[0, masks + 2 * mixed :]
     if pairs.size and int(pairs.max()) >= num_seqs:
         _wrong("decode_plan", f"a pair of batch row {int(pairs.max())} of {num_seqs}")
 
-    owner = np.empty((folds, ROWS), np.int32)  # batch row of each slab, -1 = dead
+    # Folds without a mask as pairs of a fold and a sequence: shared ones first, a sequence begins with them.
+    of_shared = pairs[len(pairs) - shared * shape.seqs_per_shared_fold :]
+    fold_of = np.concatenate((folds + np.arange(len(of_shared)) // shape.seqs_per_shared_fold, np.arange(full)))
+    whole = np.concatenate((of_shared, pairs[:full]))
+    fold_of, whole = fold_of[whole >= 0], whole[whole >= 0]
+    owner = np.empty((shape.num_folds, ROWS), np.int32)  # a batch row that each slab belongs to, -1 = dead
     owner[:full] = pairs[:full, None]
+    owner[folds:] = of_shared.reshape(shared, -1).max(axis=1)[:, None] if shared else 0
     local = np.clip(slab_seq, 0, seqs_per_fold - 1)
-    of_fold = pairs[full:].reshape(mixed, seqs_per_fold)
-    owner[full:] = np.where((slab_len > 0) & (slab_seq == local), np.take_along_axis(of_fold, local, axis=1), -1)
+    of_fold = pairs[full : full + mixed * seqs_per_fold].reshape(mixed, seqs_per_fold)
+    owner[full:folds] = np.where((slab_len > 0) & (slab_seq == local), np.take_along_axis(of_fold, local, axis=1), -1)
     live = owner >= 0
     parts = kv_cache_shape[3] // slab_tokens
     head_step = 1 if parts == 1 else 2 * parts
@@ -60,17 +68,17 @@ def decode_tables(
         if ((rows - offset != rows[0]) & live).any():
             _wrong("decode_plan", "different blocks for different KV heads of a slab")
 
-    count = np.bincount(owner[live], minlength=num_seqs)
+    masked = owner[full:folds]
+    count = np.bincount(masked[masked >= 0], minlength=num_seqs) + ROWS * np.bincount(whole, minlength=num_seqs)
     start = np.cumsum(count) - count
     row = np.empty(int(count.sum()), np.int32)  # all slabs, sequence by sequence
-    place, lens = _place_masked(owner[full:], slab_len, count, start, slab_tokens)
+    place, lens = _place_masked(masked, slab_len, count, start, slab_tokens)
     taken = np.zeros(len(row), bool)
     taken[place] = True
-    row[place] = rows[0, full:][live[full:]]
+    row[place] = rows[0, full:folds][masked >= 0]
     if int(taken.sum()) != len(place):
         _wrong("decode_plan", "two slabs in one place of a sequence")
-    used = np.flatnonzero(pairs[:full] >= 0)
-    row[~taken] = rows[0, used[np.argsort(pairs[used], kind="stable")]].reshape(-1)
+    row[~taken] = rows[0, fold_of[np.argsort(whole, kind="stable")]].reshape(-1)
 
     table, lead = _block_table("decode_plan", row, count, start, parts, kv_cache_shape)
     lens += lead * slab_tokens

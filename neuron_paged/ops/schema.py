@@ -15,7 +15,8 @@ _TAGS = (torch.Tag.pt2_compliant_tag,)
 # sinks, alibi_slopes [H] fp32 · k_scale, v_scale [K] fp32 (fp8 caches) → like query
 # Planned form: one of decode_plan, prefill_plan [128, W] i32 (`table` of nki_kernels' DecodePlan, PrefillPlan) with its
 # plan_shape. The plan alone then says who sees what; block_table [N, any], context_lens and cu_seqlens_q are not read.
-#   decode_plan: T = N·q_len · plan_shape = (full_folds, mixed_folds, seqs_per_mixed_fold, slab_tokens)
+#   decode_plan: T = N·q_len · plan_shape = (full_folds, mixed_folds, seqs_per_mixed_fold, slab_tokens
+#     [, shared_folds, seqs_per_shared_fold])
 #   prefill_plan: plan_shape = (row_tokens, then num_q_tiles, num_folds, min_full_folds of each segment)
 # softmax_scale, sliding_window (the one the plan was made with), logits_soft_cap, sinks, k_scale, v_scale as without a
 # plan; alibi_slopes are refused.

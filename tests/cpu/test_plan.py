@@ -115,7 +115,7 @@ def test_dead_slabs_are_skipped_or_hold_a_live_row(batch):
     for core in range(cores):
         for unit in range(min(RING_DEPTH, own * len(order))):
             head, place = divmod(unit, len(order))
-            share = (shape.full_folds // shards, shape.mixed_folds // shards, shards)
+            share = (shape.full_folds // shards, shape.mixed_folds // shards, 0, shards)
             fold = shard_fold_number(order[place], core, *share)
             first_users.add((head + (0 if shards > 1 else core * own), fold))
     for head in range(heads):
@@ -124,6 +124,49 @@ def test_dead_slabs_are_skipped_or_hold_a_live_row(batch):
                 inside = (rows[:, head, fold] < layout.dead_row).all()
                 assert inside == ((head, fold) in first_users)
                 assert inside or (rows[:, head, fold] >= layout.dead_row).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lens=st.lists(st.integers(1, 128 * 4 * 4), min_size=2, max_size=9),
+    prefixes=st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8), st.integers(0, 128 * 4)), max_size=6),
+    parts=st.sampled_from([1, 2]),
+    max_columns=st.sampled_from([2, 4, 32]),
+    spare=st.sampled_from([-1, 0, 2]),
+    cores=st.sampled_from([1, 2]),
+    seed=st.integers(0, 1000),
+)
+def test_shared_folds_cover_every_sequence_once(lens, prefixes, parts, max_columns, spare, cores, seed):
+    """Sequences copy the first blocks of others; too few shared folds in the bucket only mean more full ones."""
+    layout = SlabLayout(sum(-(-n // 4) for n in lens) + 5, 1, 4, 4 // parts)
+    table, lens = make_batch(lens, layout, np.random.default_rng(seed))
+    for source, target, blocks in prefixes:
+        source, target = source % len(lens), target % len(lens)
+        common = min(blocks, int(lens[source]) // 4, int(lens[target]) // 4)
+        table[target, :common] = table[source, :common]
+    options = dict(columns_per_seq=1, max_columns=max_columns, num_cores=cores)
+    shape = smallest_shape(lens, layout, block_table=table, **options)
+    unshared = smallest_shape(lens, layout, **options)
+    assert shape.num_folds <= unshared.num_folds + 2 * cores
+    if spare < 0:
+        shape = replace(shape, shared_folds=max(shape.shared_folds - 2, 0), full_folds=unshared.full_folds)
+    shape = replace(shape, shared_folds=shape.shared_folds + max(spare, 0))
+    assert fits(lens, layout, shape, block_table=table)
+    plan = plan_decode(table, lens, layout, shape, check=True)
+    check_plan(plan, table, lens, layout)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_common_prefix_is_planned_once(parts):
+    """Eight sequences with 4096 tokens in common: a fold for all, or two where a fold holds half as many tokens."""
+    layout = SlabLayout(4000, 2, 32, 32 // parts)
+    table, lens = make_batch([4096 + 100 * i for i in range(8)], layout, np.random.default_rng(0))
+    table[1:, :128] = table[0, :128]
+    shape = smallest_shape(lens, layout, columns_per_seq=8, max_columns=64, block_table=table)
+    assert (shape.shared_folds, shape.seqs_per_shared_fold, shape.full_folds) == (parts, 8, 0)
+    plan = plan_decode(table, lens, layout, shape, check=True)
+    assert (plan.pair_seq[0, -8:] == np.arange(8)).all()
+    assert plan.plan_shape == (0, shape.mixed_folds, shape.seqs_per_mixed_fold, 32 // parts, parts, 8)
 
 
 def test_ragged_batch_costs_its_live_blocks():

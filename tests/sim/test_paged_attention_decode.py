@@ -89,7 +89,8 @@ class Run:
         columns = min(case.max_columns or 64, self.problem.max_columns)
         self.shape = case.shape or smallest_shape(
             self.lens, layout, columns_per_seq=self.problem.columns_per_seq, max_columns=columns,
-            q_len=case.q_len, sliding_window=case.window, num_cores=case.cores)
+            q_len=case.q_len, sliding_window=case.window, num_cores=case.cores,
+            block_table=self.table if case.shared else None)
         self.problem.check(self.shape)
         self.plan = plan_decode(self.table, self.lens, layout, self.shape, q_len=case.q_len,
                                 sliding_window=case.window, check=True)
@@ -101,7 +102,8 @@ class Run:
             query=self.query, kv_cache=self.cache, plan=self.plan.table, full_folds=shape.full_folds,
             mixed_folds=shape.mixed_folds, seqs_per_mixed_fold=shape.seqs_per_mixed_fold, q_len=case.q_len,
             softmax_scale=case.head_dim**-0.5, sliding_window=case.window, logits_soft_cap=case.soft_cap,
-            sinks=self.sinks, k_scale=self.scales[0], v_scale=self.scales[1],
+            sinks=self.sinks, k_scale=self.scales[0], v_scale=self.scales[1], shared_folds=shape.shared_folds,
+            seqs_per_shared_fold=shape.seqs_per_shared_fold,
         )  # fmt: skip
         options = dict(target=case.target, grid=case.cores if case.cores > 1 else None, strict=True)
         return simulator.run(paged_attention_decode, **(arguments | changes), **options)
@@ -164,6 +166,11 @@ NAMED = {
     "mqa": Case(heads=(16, 1)),
     "two_tiles_of_batch_rows": Case(lens=tuple(range(1, 140)), heads=(2, 1), head_dim=64),
     "shared_prefix": Case(lens=(300, 320, 310, 5), shared=2),
+    "shared_folds": Case(lens=(16 * 300, 16 * 129 + 5, 16 * 260, 5, 16 * 128), block_size=16, shared=2, sinks=True),
+    "shared_folds_q_len": Case(lens=(16 * 129 + 3, 16 * 129 + 5, 16 * 131), block_size=16, shared=2, q_len=2,
+                               heads=(4, 2), soft_cap=4.0, head_dim=64),
+    "padded_shared_folds": Case(lens=(16 * 129, 16 * 128 + 5, 40), block_size=16, shared=1, heads=(4, 1),
+                                shape=PlanShape(4, 0, 2, 3, 1, 3, 4)),
     "more_pairs_than_partitions": Case(lens=tuple(range(1, 70)), heads=(1, 1), shape=PlanShape(70, 0, 35, 4)),
     "padded_bucket": Case(shape=PlanShape(16, 2, 3, 4)),
     "padded_full_folds_only": Case(lens=(32 * 128,), shape=PlanShape(4, 3, 0, 1)),
@@ -184,6 +191,7 @@ def test_named_case(name, target):
 
 LNC = {
     "heads_are_shared": Case(heads=(8, 2), cores=2),
+    "shared_folds": Case(lens=(16 * 300, 16 * 129 + 5, 16 * 260, 5), block_size=16, shared=2, heads=(3, 1), cores=2),
     "folds_are_shared": Case(lens=(16 * 128 * 3 + 5, 1, 0, 300), block_size=16, cores=2, sinks=True),
     "three_heads_q_len": Case(lens=(2, 300, 0, 16 * 140), heads=(6, 3), q_len=2, fp8=True, cores=2, block_size=16),
 }

@@ -55,7 +55,8 @@ class Planned:
                                     NAMES[case.kv_cache.dtype], q_len)  # fmt: skip
             layout = problem.layout(case.kv_cache.shape[0])
             bucket = smallest_shape(lens, layout, columns_per_seq=problem.columns_per_seq,
-                                    max_columns=problem.max_columns, q_len=q_len, sliding_window=window)  # fmt: skip
+                                    max_columns=problem.max_columns, q_len=q_len, sliding_window=window,
+                                    block_table=table)  # fmt: skip
             if padded:
                 bucket = replace(bucket.padded(), mixed_folds=bucket.mixed_folds + 1, full_folds=bucket.full_folds + 2)
                 rows = bucket.num_seqs - len(lens)
@@ -155,6 +156,10 @@ DECODE = {  # shape, options, target
     "verify_half_blocks": (Shape((3, 40, 33, 200), (3,) * 4, 4, 1, 128, 64, BF16), "s", "trn1"),
     "fp8": (Shape((70, 0, 33), None, 4, 2, 64, 16, BF16, FP8), "8s", "trn2"),
     "fp8_v4": (Shape((70, 0, 33), (2,) * 3, 4, 2, 64, 16, FP16, FP8), "8", "trn3"),
+    "shared_folds": (Shape((16 * 260, 16 * 129 + 3, 50), None, 4, 2, 64, 16, BF16, shared_prefix_tokens=16 * 129), "s",
+                     "trn2"),
+    "shared_folds_of_half_blocks": (Shape((2080, 2100), (2, 2), 2, 1, 128, 32, BF16, shared_prefix_tokens=2080), "c",
+                                    "trn1"),
     "shared_prefix": (Shape((300, 290, 5), None, 4, 1, 64, 16, BF16, shared_prefix_tokens=256), "", "trn2"),
 }
 PREFILL = {

@@ -42,7 +42,12 @@ def calls():
     nothing = (ints([-1], [-1]), ints(-1, -1))
     options = {"sliding_window": 9, "logits_soft_cap": 5.0, "sinks": randn(6)}
     extras = {"sliding_window": 9, "logits_soft_cap": 5.0, "sinks": randn(6), "alibi_slopes": torch.rand(6)}
+    long_lens, long_table = np.array([1044, 1027], np.int32), np.arange(2 * 132, dtype=np.int32).reshape(2, 132)
+    long_table[1, :128] = long_table[0, :128]
+    shared = plan_decode(long_table, long_lens, SlabLayout(264, 3, 8, 8), PlanShape(2, 1, 1, 2, 1, 2, 2))
+    shared = {"decode_plan": torch.from_numpy(shared.table), "plan_shape": shared.plan_shape}
     return {
+        "shared_plan": ("attention", (query[:2], randn(264, 3, 2, 8, 16), *nothing), shared, None),
         "decode_plan": ("attention", (query[:4], cache, *nothing), options | decode, None),
         "prefill_plan": ("attention", (query, cache, *nothing), {**options, "sliding_window": 0} | prefill, None),
         "decode": ("attention", (query[:2], cache, table, ints(20, 0)), {}, None),
