@@ -24,7 +24,7 @@ STEP_SOURCES = (
     "neuron_paged/models/{}.py",
     ("collectives", "graph_step", "inputs", "layers", "linear", "llama", "sampler", "step", "tensor_parallel"),
 )
-OPERATOR_SOURCES = ("neuron_paged/ops/{}.py", ("fake", "plain", "schema", "xla"))
+OPERATOR_SOURCES = ("neuron_paged/ops/{}.py", ("checks", "fake", "plain", "plain_planned", "planned", "schema", "xla"))
 LOWERING_SOURCES = ("compile/{}.py", ("hlo_edit", "kernel_calls", "trace"))
 KERNEL_SOURCES = ("nki_kernels/*.py",)
 

@@ -111,6 +111,25 @@ def test_every_named_source_exists() -> None:
         assert [name for name in names if not (ROOT / pattern.format(name)).is_file()] == []
 
 
+# Imported by the listed sources, but no graph says what they do: values that are in the key, host code, loading.
+NOT_IN_GRAPHS = {
+    "models": {"config", "kv_scales", "weights"},
+    "ops": {"autograd", "cpu", "value_checks", "host_kernels"},
+}
+
+
+def test_the_named_sources_are_closed_under_imports() -> None:
+    for room, (pattern, names) in {"models": graph_fields.STEP_SOURCES, "ops": graph_fields.OPERATOR_SOURCES}.items():
+        imported = set()
+        for name in names:
+            for node in ast.walk(ast.parse((ROOT / pattern.format(name)).read_text())):
+                if isinstance(node, ast.ImportFrom) and node.module == f"neuron_paged.{room}":
+                    imported |= {alias.name for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"neuron_paged.{room}."):
+                    imported.add((node.module or "").split(".")[2])
+        assert imported - set(names) - NOT_IN_GRAPHS[room] == set(), f"add to graph_fields' sources of {room}"
+
+
 def test_settings_that_are_not_given_are_left_open() -> None:
     whole = graph_fields.cpu_fields(MODEL, "kernels")
     wanted = wanted_fields(CONFIG, dtype="auto", cache={}, max_model_len=None, kernels="cpu")
