@@ -36,7 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-num-seqs", type=positive_int, default=32, metavar="N", help="default 32")
     parser.add_argument("--max-num-batched-tokens", type=positive_int, default=512, metavar="N", help="default 512")
     parser.add_argument("--max-model-len", type=positive_int, metavar="N", help="default: the model's, at most 8192")
-    parser.add_argument("--json", metavar="FILE", help='write the grid, for --buckets ("-": to standard output)')
+    parser.add_argument(
+        "--tables", action="store_true", help="buckets of block tables, for --executor hlo-cpu, instead of folds"
+    )
+    parser.add_argument("--json", metavar="FILE", help='write the grids, a file of buckets ("-": to standard output)')
     parser.add_argument("--png", metavar="FILE", help="draw the traffic against the buckets")
 
 
@@ -71,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     memory.num_blocks(args.max_num_seqs, setup.max_model_len)  # refuses what can't fit before anything is simulated
     cost = step_cost(rank, _teller(sys.stderr.isatty()))
     config = SchedulerConfig(args.max_num_seqs, args.max_num_batched_tokens, setup.max_model_len)
-    plan = plan_buckets(replay_traffic(trace, config, memory, cost), memory, cost, args.max_graphs)
+    plan = plan_buckets(replay_traffic(trace, config, memory, cost), memory, cost, args.max_graphs, args.tables)
     document = plan.document()
     if args.json != STDOUT:
         print(plan_report(setup.describe(), rank, document, plan))

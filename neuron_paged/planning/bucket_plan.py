@@ -5,19 +5,19 @@ Owns the order of things and the compile-time model. Every figure is modelled.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from compile.buckets import Bucket, BucketFile
+from compile.buckets import Bucket, BucketFile, BucketGrid, DecodeTableBucket
 from compile.planner import GridPlan, PlanningError, PlanningProblem, plan_grids
 from neuron_paged.config import SchedulerConfig
 from neuron_paged.errors import ConfigError
 from neuron_paged.planning.device_memory import DeviceMemory
 from neuron_paged.planning.replay import MAX_KEPT_STEPS, Chunk, Replay, replay
-from neuron_paged.planning.schemes import Scheme, Tally, count_needs, replay_scheme, table_scheme
+from neuron_paged.planning.schemes import Scheme, Tally, count_needs, count_table_needs, replay_scheme, table_scheme
 from neuron_paged.planning.step_cost import StepCost
 from neuron_paged.planning.trace import TraceRequest
 
@@ -57,7 +57,7 @@ class BucketPlan:
 
     @property
     def scheme(self) -> Scheme:
-        return Scheme(f"planned, {len(self.buckets)} graphs", self.decode.grid, self.prefill.grid)
+        return _scheme(self.decode, self.prefill)
 
     @property
     def buckets(self) -> list[Bucket]:
@@ -84,7 +84,8 @@ class BucketPlan:
             "lnc": rank.num_cores, "block_size": rank.block_size, "decode_fold_tokens": 128 * rank.slab_tokens,
             "prefill_fold_tokens": rank.fold_tokens, "num_blocks": self.traffic.num_blocks,
         }  # fmt: skip
-        return BucketFile({"decode": self.decode.grid, "prefill": self.prefill.grid}, geometry | about)
+        grids = {grid.buckets[0].KIND: grid for grid in (self.scheme.decode, self.scheme.prefill)}
+        return BucketFile(grids, geometry | about)
 
     def document(self) -> dict[str, Any]:
         """What the plan promises, JSON-ready."""
@@ -152,11 +153,21 @@ def _joined(runs: Sequence[Replay]) -> Replay:
     )
 
 
-def plan_buckets(traffic: Traffic, memory: DeviceMemory, cost: StepCost, max_graphs: int) -> BucketPlan:
-    """The grids of at most max_graphs buckets with the least modelled time. ConfigError if none fits the budget."""
+def plan_buckets(
+    traffic: Traffic, memory: DeviceMemory, cost: StepCost, max_graphs: int, tables: bool = False
+) -> BucketPlan:
+    """The grids of at most max_graphs buckets with the least modelled time. ConfigError if none fits the budget.
+
+    tables: of block tables, for engines whose graphs take those; else of folds.
+    """
     rank = cost.rank
+    if tables:
+        traffic = replace(traffic, needs=count_table_needs(rank, traffic.replay.steps))
     # Once each: the longest sequence alone. So whatever the limits allow runs in graphs, in the worst case row by row.
-    longest = rank.decode_need(np.array([rank.max_context], np.int32)), rank.prefill_need(Chunk(1, rank.max_context))
+    row, chunk = np.array([rank.max_context], np.int32), Chunk(1, rank.max_context)
+    longest: tuple[Bucket, Bucket] = rank.decode_need(row), rank.prefill_need(chunk)
+    if tables:
+        longest = rank.table_need(row), rank.table_need(row[:0], (chunk,))
     problems = [
         PlanningProblem(needs | {need: needs.get(need, 0.0) + 1.0}, _cached(cost.time_us), _cached(cost.permits))
         for needs, need in zip(traffic.needs, longest, strict=True)
@@ -170,8 +181,16 @@ def plan_buckets(traffic: Traffic, memory: DeviceMemory, cost: StepCost, max_gra
             f"--max-graphs, --hbm-gb: nothing fits the budget: {error} Graphs have "
             f"{memory.graph_bytes / 2**20:.0f} MiB of the {memory.hbm_bytes / 2**30:.1f} GiB per core."
         ) from error
-    scheme = Scheme("planned", decode.grid, prefill.grid)
-    return BucketPlan(cost, memory, traffic, decode, prefill, replay_scheme(scheme, cost, traffic.replay.steps))
+    tally = replay_scheme(_scheme(decode, prefill), cost, traffic.replay.steps)
+    return BucketPlan(cost, memory, traffic, decode, prefill, tally)
+
+
+def _scheme(decode: GridPlan[Any], prefill: GridPlan[Any]) -> Scheme:
+    name = f"planned, {len(decode.grid) + len(prefill.grid)} graphs"
+    if isinstance(decode.grid.buckets[0], DecodeTableBucket):
+        # The engine's graph runner picks by `work`.
+        return Scheme(name, BucketGrid(decode.grid), BucketGrid(prefill.grid), tables=True, mixed=True)
+    return Scheme(name, decode.grid, prefill.grid)
 
 
 def _cached(function: Callable[[Any], Any]) -> Callable[[Any], Any]:

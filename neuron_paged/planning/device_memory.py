@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from compile.buckets import Bucket, DecodeBucket, PrefillBucket
+from compile.buckets import Bucket
 from neuron_paged.errors import ConfigError
 from neuron_paged.memory import size_text
 from neuron_paged.planning.instances import GIB
@@ -48,8 +48,9 @@ class DeviceMemory:
         model, rank = self.rank.model, self.rank
         largest = 0
         for bucket in buckets:
-            rows = bucket.num_seqs if isinstance(bucket, DecodeBucket) else 1
-            tokens = bucket.num_tokens if isinstance(bucket, PrefillBucket) else rows
+            sizes = bucket.dimensions()
+            rows = sizes.get("num_seqs", 1)
+            tokens = sizes.get("num_tokens", rows)
             width = 4 * model.hidden_size + 3 * -(-model.intermediate_size // rank.tensor_parallel)
             width += 2 * (rank.heads[0] + rank.heads[1]) * model.head_dim
             logits = 4 * rows * -(-model.vocab_size // rank.tensor_parallel)

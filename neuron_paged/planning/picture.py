@@ -23,10 +23,14 @@ def draw_plan(plan: BucketPlan, path: Path) -> None:
     FigureCanvasAgg(figure)
     decode, prefill = figure.subplots(1, 2)
     needs = plan.traffic.needs
-    _panel(decode, needs[0], plan.decode.grid, "num_seqs", ("full_folds", "mixed_folds"))
-    decode.set(title=f"decode steps, {len(plan.decode.grid)} graphs", xlabel="sequences", ylabel="folds of KV cache")
-    _panel(prefill, needs[1], plan.prefill.grid, "num_tokens", ("num_folds",))
-    prefill.set(title=f"prompt chunks, {len(plan.prefill.grid)} graphs", xlabel="tokens", ylabel="folds of KV cache")
+    tables = plan.scheme.tables
+    up = ("max_blocks_per_seq",) if tables else ("full_folds", "mixed_folds")
+    _panel(decode, needs[0], plan.decode.grid, "num_seqs", up)
+    _panel(prefill, needs[1], plan.prefill.grid, "num_tokens", ("max_blocks_per_seq",) if tables else ("num_folds",))
+    context = "blocks of the longest sequence" if tables else "folds of KV cache"
+    decode.set(title=f"decode steps, {len(plan.decode.grid)} graphs", xlabel="sequences", ylabel=context)
+    name = "steps with prompts" if tables else "prompt chunks"
+    prefill.set(title=f"{name}, {len(plan.prefill.grid)} graphs", xlabel="tokens", ylabel=context)
     figure.legend(*decode.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     rank = plan.cost.rank
     figure.suptitle(

@@ -132,12 +132,19 @@ class Rank:
             seen = min(seen, chunk.num_tokens + self.sliding_window - 1 + self.row_tokens)
         return PrefillBucket(chunk.num_tokens, max(-(-seen // self.fold_tokens), self.min_folds(chunk.num_tokens)))
 
-    def decode_table_need(self, context_lens: NDArray[np.int32]) -> DecodeTableBucket:
-        """Batch and longest context."""
-        return DecodeTableBucket(len(context_lens), -(-int(context_lens.max()) // self.block_size))
+    def table_need(
+        self, context_lens: NDArray[np.int32], chunks: Sequence[Chunk] = ()
+    ) -> DecodeTableBucket | PrefillTableBucket:
+        """Rows (and tokens, with chunks) and the longest context of a step that runs as a whole."""
+        longest = max(int(context_lens.max(initial=1)), *(chunk.context_len for chunk in chunks), 1)
+        width, size = -(-longest // self.block_size), len(context_lens)
+        if not chunks:
+            return DecodeTableBucket(size, width)
+        return PrefillTableBucket(size + len(chunks), size + sum(chunk.num_tokens for chunk in chunks), width)
 
-    def prefill_table_need(self, chunk: Chunk) -> PrefillTableBucket:
-        return PrefillTableBucket(1, chunk.num_tokens, -(-chunk.context_len // self.block_size))
+    def table_folds(self, bucket: DecodeTableBucket) -> DecodeBucket:
+        """What the fold kernel needs for a whole table: every row as long as the table is wide."""
+        return self.decode_need(np.full(bucket.num_seqs, bucket.max_blocks_per_seq * self.block_size, np.int32))
 
     def live_slabs(self, context_lens: Sequence[int] | NDArray[np.int32]) -> int:
         """Slabs per KV head that hold a token some query sees."""
@@ -170,12 +177,16 @@ class Rank:
     def takes(self, bucket: Bucket) -> bool:
         """Whether the kernels have code and on-chip memory for the bucket."""
         try:
+            if isinstance(bucket, DecodeTableBucket):
+                bucket = self.table_folds(bucket)
             if isinstance(bucket, DecodeBucket):
                 self.problem.check(self.plan_shape(bucket))
             elif isinstance(bucket, PrefillBucket):
                 self._check_prefill(self.prefill_segment(bucket))
             else:
-                raise TypeError(f"bucket: got {bucket.name}, need folds.")
+                assert isinstance(bucket, PrefillTableBucket)
+                folds = -(-bucket.max_blocks_per_seq * self.block_size // self.fold_tokens)
+                self._check_prefill(self.prefill_segment(PrefillBucket(bucket.num_tokens, folds)))
         except ValueError:
             return False
         return True

@@ -18,6 +18,7 @@ from compile.buckets import (
     BucketGrid,
     DecodeBucket,
     DecodeTableBucket,
+    PrefillTableBucket,
     decode_grid,
     decode_table_grid,
     ladder,
@@ -28,17 +29,20 @@ from neuron_paged.planning.rank import Rank
 from neuron_paged.planning.replay import Chunk, Step
 from neuron_paged.planning.step_cost import StepCost
 
+_NO_ROWS = np.zeros(0, np.int32)
 FALLBACKS = ("split", "larger", "chunk", "eager")
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """Two grids. tables: buckets are batch x longest context, and kernels read all of it."""
+    """Two grids. tables: buckets are batch x longest context, and kernels read all of it. mixed: a step with chunks
+    runs as a whole, decode rows included, in a prefill bucket, as the engine's graph runner has it."""
 
     name: str
     decode: BucketGrid[Any]
     prefill: BucketGrid[Any]
     tables: bool = False
+    mixed: bool = False
 
     @property
     def num_graphs(self) -> int:
@@ -97,6 +101,9 @@ class SchemeReplay:
     def run(self, steps: Iterable[Step]) -> Tally:
         for step in steps:
             self.tally.steps += step.weight
+            if self.scheme.mixed and step.chunks:
+                self._mixed((*(Chunk(1, int(n)) for n in step.context_lens), *step.chunks), step.weight)
+                continue
             if len(step.context_lens):
                 self._decode(step.context_lens, step.weight)
             for chunk in step.chunks:
@@ -104,10 +111,13 @@ class SchemeReplay:
         return self.tally
 
     def _decode(self, lens: NDArray[np.int32], weight: float) -> None:
-        need: Bucket = self.rank.decode_table_need(lens) if self.scheme.tables else self.rank.decode_need(lens)
+        need: Bucket = self.rank.table_need(lens) if self.scheme.tables else self.rank.decode_need(lens)
         bucket = self._pick(self.scheme.decode, need)
         if bucket is not None:
             self._count(need, bucket, self.rank.live_slabs(lens), weight)
+        elif self.scheme.mixed:
+            self.tally.fallbacks["larger"] += weight
+            self._mixed(tuple(Chunk(1, int(n)) for n in lens), weight)
         elif len(lens) > 1:
             self.tally.fallbacks["split"] += weight
             self._decode(lens[: len(lens) // 2], weight)
@@ -115,6 +125,18 @@ class SchemeReplay:
         else:
             self.tally.fallbacks["larger"] += weight
             self._chunk(Chunk(1, int(lens[0])), weight)
+
+    def _mixed(self, rows: tuple[Chunk, ...], weight: float) -> None:
+        need = self.rank.table_need(_NO_ROWS, rows)
+        bucket = self._pick(self.scheme.prefill, need)
+        if bucket is not None:
+            self._count(need, bucket, 0, weight)
+        elif len(rows) > 1:
+            self.tally.fallbacks["split"] += weight
+            self._mixed(rows[: len(rows) // 2], weight)
+            self._mixed(rows[len(rows) // 2 :], weight)
+        else:
+            self._chunk(rows[0], weight)
 
     def _chunk(self, chunk: Chunk, weight: float) -> None:
         need = self._chunk_need(chunk)
@@ -132,7 +154,7 @@ class SchemeReplay:
             self.tally.fallbacks["eager"] += weight
 
     def _chunk_need(self, chunk: Chunk) -> Bucket:
-        return self.rank.prefill_table_need(chunk) if self.scheme.tables else self.rank.prefill_need(chunk)
+        return self.rank.table_need(_NO_ROWS, (chunk,)) if self.scheme.tables else self.rank.prefill_need(chunk)
 
     def _holds_context(self, bucket: Bucket, chunk: Chunk) -> bool:
         return bucket.holds(self._chunk_need(Chunk(min(chunk.num_tokens, bucket.num_tokens), chunk.context_len)))  # type: ignore[attr-defined]
@@ -153,10 +175,8 @@ class SchemeReplay:
         if bucket not in self._times:
             self._times[bucket] = self.cost.time_us(bucket)
         tally.time_us += weight * self._times[bucket]
-        if isinstance(bucket, DecodeTableBucket):
+        if isinstance(bucket, DecodeTableBucket | PrefillTableBucket):
             live_slabs = self.cost.bucket_slabs(bucket)
-        elif self.scheme.tables:
-            live_slabs = bucket.max_blocks_per_seq * (self.rank.block_size // self.rank.slab_tokens)  # type: ignore[attr-defined]
         tally.kv_bytes += weight * self.cost.kv_bytes(live_slabs)
 
 
@@ -177,6 +197,15 @@ def count_needs(rank: Rank, steps: Iterable[Step]) -> tuple[dict[Bucket, float],
             decode[rank.decode_need(step.context_lens)] += step.weight
         for chunk in step.chunks:
             prefill[rank.prefill_need(chunk)] += step.weight
+    return dict(decode), dict(prefill)
+
+
+def count_table_needs(rank: Rank, steps: Iterable[Step]) -> tuple[dict[Bucket, float], dict[Bucket, float]]:
+    """The same for steps that run as a whole: (decode tables, prefill tables)."""
+    decode: dict[Bucket, float] = defaultdict(float)
+    prefill: dict[Bucket, float] = defaultdict(float)
+    for step in steps:
+        (prefill if step.chunks else decode)[rank.table_need(step.context_lens, step.chunks)] += step.weight
     return dict(decode), dict(prefill)
 
 

@@ -94,9 +94,8 @@ def decode_features(point: Point) -> NDArray[np.float64]:
 
 
 def prefill_features(point: Point) -> NDArray[np.float64]:
-    """(q_tiles, folds): constant, either, and their product."""
-    q_tiles, folds = point
-    return np.array([1.0, q_tiles, folds, q_tiles * folds])
+    """(q_tiles, folds, their pairs): constant and each. Of one sequence, pairs is the product of the other two."""
+    return np.array([1.0, *point])
 
 
 @dataclass(frozen=True)
@@ -133,10 +132,10 @@ class StepCost:
     def num_instructions(self, bucket: Bucket) -> float:
         """Of one graph."""
         model = self.rank.model
-        if isinstance(bucket, DecodeBucket):
+        if isinstance(bucket, DecodeBucket | DecodeTableBucket):
             tokens, attention = bucket.num_seqs, self.decode.num_instructions(self._decode_point(bucket))
         else:
-            assert isinstance(bucket, PrefillBucket)
+            assert isinstance(bucket, PrefillBucket | PrefillTableBucket)
             tokens, attention = bucket.num_tokens, self.prefill.num_instructions(self._prefill_point(bucket))
         matmuls = model.rank_weights(self.rank.tensor_parallel) / MATMUL_WEIGHTS * -(-tokens // ROWS)
         return model.num_layers * attention + INSTRUCTIONS_PER_MATMUL * matmuls
@@ -149,7 +148,7 @@ class StepCost:
         """K and V of so many slabs, all layers and KV heads: what a run's gathers move."""
         return num_slabs * self.rank.slab_tokens * self.rank.kv_bytes_per_token
 
-    def bucket_slabs(self, bucket: DecodeTableBucket) -> int:
+    def bucket_slabs(self, bucket: DecodeTableBucket | PrefillTableBucket) -> int:
         """Slabs that a kernel reads which reads the whole table."""
         parts = self.rank.block_size // self.rank.slab_tokens
         return bucket.num_seqs * bucket.max_blocks_per_seq * parts
@@ -157,16 +156,16 @@ class StepCost:
     def _decode_point(self, bucket: DecodeBucket | DecodeTableBucket) -> Point:
         if isinstance(bucket, DecodeBucket):
             return bucket.num_seqs, bucket.full_folds, bucket.mixed_folds, bucket.seqs_per_fold
-        # A whole table through the same kernel: every row as long as the table is wide.
-        lens = np.full(bucket.num_seqs, bucket.max_blocks_per_seq * self.rank.block_size, np.int32)
-        return self._decode_point(self.rank.decode_need(lens))
+        return self._decode_point(self.rank.table_folds(bucket))
 
     def _prefill_point(self, bucket: PrefillBucket | PrefillTableBucket) -> Point:
+        q_tiles, least = self.rank.q_tiles(bucket.num_tokens), self.rank.min_folds(bucket.num_tokens)
         if isinstance(bucket, PrefillBucket):
-            folds = bucket.num_folds
-        else:
-            folds = -(-bucket.max_blocks_per_seq * self.rank.block_size // self.rank.fold_tokens)
-        return self.rank.q_tiles(bucket.num_tokens), max(folds, self.rank.min_folds(bucket.num_tokens))
+            return _one_sequence(q_tiles, max(bucket.num_folds, least))
+        # Any sequence may have any of the tokens: a Q tile each and the rest, every one over the whole table's width.
+        folds = max(-(-bucket.max_blocks_per_seq * self.rank.block_size // self.rank.fold_tokens), least)
+        q_tiles += bucket.num_seqs - 1
+        return q_tiles, bucket.num_seqs * folds, q_tiles * folds
 
     @cached_property
     def _quick_times(self) -> dict[tuple[int, int, int], float]:
@@ -198,11 +197,9 @@ def step_cost(rank: Rank, tell: Callable[[str], None] = lambda text: None) -> St
     decode = [(1, 0, 2, 1), (1, 8, 2, 1), (4, 2, 4, seqs), (16, 0, 8, seqs), (16, 8, 4, half), (64, 4, 8, half),
               (64, 8, 2, seqs), (128, 4, 4, seqs)]  # fmt: skip
     checks = [(32, 8, 8, half), (8, 4, 6, seqs), (24, 12, 2, 1)]
-    prefill = [(1, 1), (2, 1), (4, 1), (1, 3), (3, 3)]
-    prefill_checks = [(3, 1), (2, 2)]
     prefill, prefill_checks = (
-        list(dict.fromkeys((rank.q_tiles(q * ROWS), max(f, rank.min_folds(q * ROWS))) for q, f in points))
-        for points in (prefill, prefill_checks)
+        list(dict.fromkeys(_one_sequence(rank.q_tiles(q * ROWS), max(f, rank.min_folds(q * ROWS))) for q, f in points))
+        for points in (((1, 1), (2, 1), (4, 1), (1, 3), (3, 3)), ((3, 1), (2, 2)))
     )
     store = _Store(rank)
 
@@ -243,8 +240,12 @@ def _decode_call(rank: Rank, point: Point) -> Timeline:
     return Timeline(point, call.time_us, call.num_instructions)
 
 
+def _one_sequence(q_tiles: int, folds: int) -> Point:
+    return q_tiles, folds, q_tiles * folds
+
+
 def _prefill_call(rank: Rank, point: Point) -> Timeline:
-    q_tiles, folds = point
+    q_tiles, folds, _ = point
     heads, kv_heads = rank.heads
     chunk = q_tiles * ROWS
     call = estimate_prefill(

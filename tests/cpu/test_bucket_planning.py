@@ -10,10 +10,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compile.buckets import BucketGrid, DecodeBucket, PrefillBucket, load_buckets
+from compile.buckets import (
+    BucketGrid,
+    DecodeBucket,
+    DecodeTableBucket,
+    PrefillBucket,
+    PrefillTableBucket,
+    load_buckets,
+)
 from neuron_paged.bench.traffic import SAMPLES, sample_trace
 from neuron_paged.cli import main
-from neuron_paged.config import SchedulerConfig
+from neuron_paged.config import CacheConfig, SchedulerConfig
+from neuron_paged.engine.batch import build_batch
+from neuron_paged.engine.graph_buckets import named_buckets
+from neuron_paged.engine.packed_rows import PackedRows, SamplingArrays
+from neuron_paged.engine.sampling import SamplingParams
+from neuron_paged.engine.scheduler import Scheduler
+from neuron_paged.engine.sequence import Sequence, SequenceStatus
 from neuron_paged.errors import ConfigError, InvalidRequestError
 from neuron_paged.planning.bucket_plan import BucketPlan, Traffic, plan_buckets, replay_traffic, unlimited_us
 from neuron_paged.planning.decoder_model import LLAMA_3_1_8B, DecoderModel
@@ -342,6 +355,58 @@ def test_every_fallback_of_the_chain_is_counted(cost: StepCost) -> None:
     # Rows: 40+50 | 60+3000+5000 → 60 | 3000+5000 → 3000 | 5000, which is too long for prefill's two folds too.
     assert tally.fallbacks == {"split": 6.0, "larger": 2.0, "chunk": 4.0, "eager": 4.0}
     assert tally.runs == {"decode-2x0x1x2": 6.0, "prefill-100x2": 6.0}
+
+
+@pytest.mark.parametrize("name", ("sharegpt", "long"))
+def test_table_grids_are_those_that_the_graph_runner_picks_from(
+    name: str, cost: StepCost, memory: DeviceMemory, traffic: dict[str, Traffic], tmp_path: Path
+) -> None:
+    plan = plan_buckets(traffic[name], memory, cost, 10, tables=True)
+    plan.bucket_file({}).save(tmp_path / "grid.json")
+    buckets = named_buckets([str(tmp_path / "grid.json")])
+    assert len(buckets) == len(plan.buckets) <= 10 and memory.graphs_fit(plan.buckets, cost)
+    kinds = (DecodeTableBucket, PrefillTableBucket)
+    grids = {kind: BucketGrid([bucket for bucket in buckets if type(bucket) is kind]) for kind in kinds}
+    needed: Counter = Counter()
+    held: Counter = Counter()
+    for step in traffic[name].replay.steps:
+        need = cost.rank.table_need(step.context_lens, step.chunks)
+        bucket = grids[type(need)].pick(need)
+        assert bucket is not None
+        for dimension, size in bucket.dimensions().items():
+            key = f"{bucket.KIND.removesuffix('_table')}.{dimension}"
+            needed[key] += step.weight * getattr(need, dimension)
+            held[key] += step.weight * size
+    assert not plan.tally.fallbacks
+    assert plan.tally.padding == pytest.approx({key: 1 - needed[key] / held[key] for key in held})
+    assert plan.loss >= 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 12)), min_size=1, max_size=8))
+def test_table_needs_are_those_of_real_batches(lengths: list[tuple[int, int]]) -> None:
+    rank = RANKS["one core"]
+    scheduler = Scheduler(SchedulerConfig(4, 32, 100), CacheConfig(32, 40, enable_prefix_caching=False))
+    for index, (prompt, _) in enumerate(lengths):
+        scheduler.add(Sequence(str(index), [0] * prompt, SamplingParams(), arrival_time=float(index)))
+    while scheduler.has_unfinished():
+        output = scheduler.schedule()
+        decodes, others = output.scheduled[: output.num_decodes], output.scheduled[output.num_decodes :]
+        lens = np.array([item.sequence.num_tokens for item in decodes], np.int32)
+        chunks = [Chunk(i.num_tokens, i.sequence.num_computed_tokens + i.num_tokens) for i in others]
+        batch = build_batch(output, 32)
+        packed = PackedRows.of(batch, SamplingArrays.greedy(len(batch.logits_indices)))
+        need = rank.table_need(lens, chunks)
+        if type(packed.need(32)) is type(need):
+            assert need == packed.need(32)
+        else:  # prompts of one token are decodes to the runner
+            assert packed.num_tokens == packed.num_seqs == need.num_seqs and all(c.num_tokens == 1 for c in chunks)
+        scheduler.commit(output)
+        for item in output.scheduled:
+            if item.num_samples:
+                item.sequence.append_token(0)
+                if len(item.sequence.output_token_ids) == lengths[int(item.sequence.request_id)][1]:
+                    scheduler.finish(item.sequence, SequenceStatus.FINISHED_LENGTH)
 
 
 def test_a_budget_nothing_fits_is_refused(cost: StepCost, memory: DeviceMemory, traffic: dict[str, Traffic]) -> None:
