@@ -190,7 +190,8 @@ def _statistics(llm: "LLM", outputs: list["RequestOutput"], seconds: float, num_
 def _kv_cache(llm: "LLM") -> dict[str, Any]:
     """Size and most use of the KV cache, in blocks without the null block, token slots and bytes."""
     config, metrics = llm.engine.config, llm.engine.metrics
-    num_bytes = sum(cache.nbytes for cache in getattr(llm.engine.executor, "kv_caches", ()))
+    executor = llm.engine.executor
+    num_bytes = sum(cache.nbytes for cache in getattr(executor, "kv_caches", ())) * getattr(executor, "num_ranks", 1)
     block_size, used = config.cache.block_size, metrics.max_used_blocks
     return {
         "block_size": block_size,

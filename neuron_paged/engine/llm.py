@@ -43,7 +43,7 @@ class LLM:
     from the limits. graph_kernels, graph_python: see GraphConfig.kernels and .python. bundle: store with graphs that
     `neuron-paged compile --target cpu` made, a folder or s3://bucket/prefix; cache settings and max_model_len that are
     not given are the bundle's. no_compile: without a fitting bundle fail at once instead of lowering and compiling.
-    Raises ModelNotFoundError, UnsupportedModelError, CheckpointError, ConfigError, GraphError.
+    Raises ModelNotFoundError, UnsupportedModelError, CheckpointError, ConfigError, GraphError, RankError.
     """
 
     def __init__(

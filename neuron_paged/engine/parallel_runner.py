@@ -46,6 +46,11 @@ class ParallelRunner(ModelRunner):
         pool.send(config)
         self._on_thread(lambda: super(ParallelRunner, self).__init__(model, config))
 
+    @property
+    def num_ranks(self) -> int:
+        """Ranks, this one included; each has caches of the same size."""
+        return self.pool.size
+
     def warm_up(self) -> None:
         """As ModelRunner.warm_up, on all ranks; once, before the first step."""
         self._on_thread(super().warm_up)

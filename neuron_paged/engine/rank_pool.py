@@ -2,7 +2,7 @@
 """The processes of a tensor-parallel engine's ranks above 0: starting, telling, blaming and ending them.
 
 They are children of the engine's process, each with a socket to it, in sessions of their own (so that Ctrl-C reaches
-the engine alone). What they do is in rank_worker.py.
+the engine alone). Their side is rank_worker.py.
 """
 
 import json

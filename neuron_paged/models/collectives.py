@@ -8,14 +8,16 @@ process: engine.rank_pool starts the ranks.
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 # Ranks wait so long for the slowest one before a step counts as failed; a rank that dies is noticed at once.
 COLLECTIVE_TIMEOUT_S = 120.0
-ReduceOp = Literal["sum", "max"]
+# Up to so many elements a gather and a sum take half the time of gloo's all-reduce (measured on CPU, 2 ranks: 520 →
+# 270 µs for 576 elements, 630 → 260 µs for 18432).
+_GATHERED_ELEMENTS = 2**18
 
 
 class CollectiveError(RuntimeError):
@@ -39,6 +41,8 @@ class RankGroup:
             return _XLAC._xla_spmd_all_reduce("sum", x, 1.0, [list(range(self.size))])
         if x.device.type == "meta":
             return x
+        if x.numel() * self.size <= _GATHERED_ELEMENTS:
+            return self._gather(x).sum(0)
         x = x.contiguous()
         self._wait(self.process_group.allreduce, [x])
         return x
@@ -52,6 +56,9 @@ class RankGroup:
         """
         if x.device.type != "cpu":
             return self.all_reduce(is_rank.view(-1, *(1,) * x.dim()) * x)
+        return self._gather(x)
+
+    def _gather(self, x: Tensor) -> Tensor:
         out = torch.empty((self.size, *x.shape), dtype=x.dtype)
         self._wait(self.process_group.allgather, [list(out.unbind())], [x.contiguous()])
         return out

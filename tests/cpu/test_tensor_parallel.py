@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from neuron_paged.errors import ConfigError
 from neuron_paged.models import load_model
@@ -176,6 +177,22 @@ def test_ranks_calibrate_fp8_scales_of_their_own_heads(checkpoints, tmp_path: Pa
     by_rank = run_ranks(2, tmp_path, scales)
     for index, layer in enumerate(whole.layers):
         torch.testing.assert_close(torch.cat([by_rank[0][index], by_rank[1][index]]), layer.self_attn.k_scale)
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_ranks_take_the_checkpoints_scales_of_their_heads(per_head: bool, checkpoints, tmp_path: Path) -> None:
+    tensors = load_file(checkpoints("llama_mha") / "model.safetensors")
+    for layer in range(3):
+        for name in ("k_scale", "v_scale"):
+            scale = torch.arange(1.0, 5.0) + layer if per_head else torch.tensor(1.5 + layer)
+            tensors[f"model.layers.{layer}.self_attn.attn.{name}"] = scale
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((checkpoints("llama_mha") / "config.json").read_text())
+    whole, task = load_model(tmp_path, progress=False).model, task_of(tmp_path, 4)
+    by_rank = run_ranks(4, tmp_path, lambda group: load_rank(task, group))
+    for index, layer in enumerate(whole.layers):
+        own = [model.layers[index].self_attn.v_scale for model in by_rank]
+        torch.testing.assert_close(torch.cat(own), layer.self_attn.v_scale)
 
 
 def test_sizes_that_a_model_allows(checkpoints) -> None:

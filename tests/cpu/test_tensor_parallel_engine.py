@@ -122,9 +122,22 @@ def test_graphs_of_several_ranks_are_refused(save) -> None:
 
 def test_command_line_refuses_in_one_line(save, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(save("llama"))
+    capsys.readouterr()
     assert main(["generate", "--model", path, "--prompt", "x", "--tensor-parallel-size", "3"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "need one of 1, 2, 4" in error
+
+
+@pytest.mark.slow
+def test_benchmark_prints_both_and_the_time_in_collectives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "bench.json"
+    arguments = ["bench", "tensor-parallel", "--batch-sizes", "2", "--steps", "3", "--threads", "1"]
+    assert main([*arguments, "--json", str(file)]) == 0
+    results = json.loads(file.read_text())
+    (row,) = results["batches"]
+    assert results["collectives_per_step"] == 62 and row["one_process_s"] > 0
+    assert 0 < row["collectives_s"] < 20 * row["ranks_s"]
+    assert "1 process x 1 ms" in capsys.readouterr().out
 
 
 @pytest.mark.slow
