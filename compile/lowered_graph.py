@@ -75,7 +75,8 @@ class Manifest:
 
 @dataclass(frozen=True)
 class LoweringCost:
-    """What lowering took in the child process, torch_xla's import excluded. peak_rss_bytes: of the whole process."""
+    """What lowering took in the child process, torch_xla's import excluded: CPU seconds, so that the machine's load
+    does not count. peak_rss_bytes: of the whole process."""
 
     trace_s: float
     peak_rss_bytes: int

@@ -81,7 +81,7 @@ def trace(request: LoweringRequest) -> LoweredGraph:
     specs = {s.name: s for s in (*spec.inputs, *spec.state)} | weight_specs
     roles.update((name, "weight") for name in weights)
 
-    start = time.perf_counter()
+    start = time.process_time()
     placeholders = {
         name: xb.create_placeholder_tensor(list(s.shape), getattr(torch, s.dtype)) for name, s in specs.items()
     }
@@ -119,8 +119,17 @@ def trace(request: LoweringRequest) -> LoweredGraph:
         hlo = hlo_edit.inline_kernel_calls(hlo_edit.normalise(hlo, spec.name)) + hlo_edit.must_alias(manifest.aliases)
     except ValueError as error:
         raise LoweringError(f"{spec.name}: {error}") from error
-    cost = LoweringCost(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    cost = LoweringCost(time.process_time() - start, _peak_rss_bytes())
     return LoweredGraph(hlo, manifest, {} if compiler is None else compiler.artifacts, sources, cost)
+
+
+def _peak_rss_bytes() -> int:
+    """Of this process. getrusage's figure would start from the parent's size at the fork."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):  # not Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @contextmanager

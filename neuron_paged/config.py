@@ -12,8 +12,8 @@ from neuron_paged.errors import ConfigError
 DEFAULT_MAX_MODEL_LEN = 8192
 # Each running sequence has a row in the engine's tables, set aside at the start.
 MAX_NUM_SEQS_LIMIT = 2**16
-EXECUTORS = ("eager", "hlo-cpu")
-GRAPH_KERNELS = ("cpu", "plain")
+EXECUTORS = ("eager", "hlo-cpu", "xla", "neuron")
+GRAPH_KERNELS = ("cpu", "simulator", "plain")
 KV_CACHE_DTYPES = ("auto", "fp32", "bf16", "fp16", "fp8")
 
 
@@ -92,18 +92,18 @@ class GraphConfig:
     """How an executor of compiled graphs makes them.
 
     executor: "eager" runs the model's step without graphs, on batches as they are; "hlo-cpu" lowers it for buckets and
-        runs the graphs on XLA:CPU.
-    buckets: names such as "decode_table-8x16" (compile.buckets); None makes ladders from the engine's limits.
-    kernels: what stands behind the operators' custom calls: "cpu", the fast CPU kernels; "plain": no custom calls, the
-        operators are lowered to plain operations.
+        runs the graphs on XLA:CPU; "xla" runs buckets on torch_xla's device; "neuron" on a Neuron device (not yet run).
+    buckets: names such as "decode-8x0x4x2" (compile.buckets); None makes ladders from the engine's limits.
+    kernels: what stands behind the operators' custom calls: "cpu", the fast CPU kernels; "simulator", the NKI kernels
+        in the simulator; "plain": no custom calls, the operators are lowered to plain operations.
     python: interpreter of an environment with torch_xla, None = this one.
     bundle: store with compiled graphs, a folder or s3://bucket/prefix; None lowers and compiles at start.
     allow_compiling: without a fitting bundle, lower and compile at start; False makes that an error within seconds.
     """
 
-    executor: Literal["eager", "hlo-cpu"] = "eager"
+    executor: Literal["eager", "hlo-cpu", "xla", "neuron"] = "eager"
     buckets: tuple[str, ...] | None = None
-    kernels: Literal["cpu", "plain"] = "cpu"
+    kernels: Literal["cpu", "simulator", "plain"] = "cpu"
     python: Path | None = None
     bundle: str | None = None
     allow_compiling: bool = True
@@ -120,6 +120,11 @@ class GraphConfig:
             raise ConfigError(
                 "GraphConfig.executor: got 'eager' with buckets, kernels or an interpreter for graphs; need executor="
                 "'hlo-cpu' with them."
+            )
+        if self.executor in ("xla", "neuron") and (self.kernels, self.python, self.bundle) != ("cpu", None, None):
+            raise ConfigError(
+                f"GraphConfig.executor: got {self.executor!r} with kernels, an interpreter or a bundle, need none: it "
+                "lowers operators to plain operations, in this process."
             )
 
     def check_cache(self, cache: CacheConfig) -> None:

@@ -63,6 +63,11 @@ class DecodeProblem:
         """Score columns of one sequence."""
         return self.q_len * self.group_size
 
+    @property
+    def sbuf_budget_bytes(self) -> int:
+        """What a kernel may take per partition."""
+        return generation(self.target).sbuf_partition_bytes - SBUF_RESERVE
+
     def layout(self, num_blocks: int) -> SlabLayout:
         """Slab layout of a cache of `num_blocks` blocks."""
         return SlabLayout(num_blocks, self.num_kv_heads, self.block_size, self.slab_tokens)
@@ -112,8 +117,7 @@ class DecodeProblem:
                 )
         if self.num_cores != shape.num_cores:
             raise ValueError(f"paged_attention_decode: num_cores: {self.num_cores}, the shape has {shape.num_cores}.")
-        have = generation(self.target).sbuf_partition_bytes - SBUF_RESERVE
-        needed = self.sbuf_bytes(shape)
+        have, needed = self.sbuf_budget_bytes, self.sbuf_bytes(shape)
         if needed > have:
             raise ValueError(
                 f"paged_attention_decode: {shape} needs {needed} bytes of SBUF per partition, {self.target} leaves "

@@ -74,10 +74,14 @@ def add_graph_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--graph-bucket", action="append", metavar="NAME",
-        help="a bucket, such as decode_table-8x16 or prefill_table-8x128x16, or a file of grids; repeatable "
+        help="a bucket, such as decode-8x0x4x2 or decode_table-8x16, or a file of grids; repeatable "
         "(default: ladders from the limits)",
     )  # fmt: skip
-    group.add_argument("--graph-kernels", choices=GRAPH_KERNELS, help="behind the operators in graphs (default: cpu)")
+    group.add_argument(
+        "--graph-kernels", choices=GRAPH_KERNELS,
+        help="what runs the operators in graphs: our CPU kernels, the NKI kernels in the simulator, or plain "
+        "operations (default: cpu)",
+    )  # fmt: skip
     group.add_argument("--graph-python", metavar="PATH", help="interpreter that has torch_xla (default: this one)")
     group.add_argument(
         "--bundle", metavar="STORE", help="take the graphs from a folder or s3://bucket/prefix (`neuron-paged compile`)"

@@ -20,13 +20,13 @@ from compile.neuronx_cc import COMPILER, find_compiler
 from compile.neuronx_cc_flags import Phase, canonical_flags, check_lnc, default_flags, parse_flags
 from compile.store import Store
 from neuron_paged import __version__
-from neuron_paged.config import CacheConfig, EngineConfig, SchedulerConfig
+from neuron_paged.config import CacheConfig, SchedulerConfig
 from neuron_paged.engine.cache_sizing import choose_num_blocks
 from neuron_paged.engine.graph_buckets import GraphBucket, default_buckets, named_buckets
 from neuron_paged.engine.graph_fields import cpu_fields, neuron_fields
 from neuron_paged.engine.graph_source import lower_buckets
 from neuron_paged.errors import ConfigError
-from neuron_paged.models.graph_step import GraphModel
+from neuron_paged.models.graph_plans import GraphModel
 from neuron_paged.models.loader import read_config
 from neuron_paged.models.tensor_parallel import check_tensor_parallel_size
 from nki_kernels.layout import KVCacheLayout
@@ -145,13 +145,10 @@ def plan_build(
     if cache.num_blocks is None and cache.kv_cache_memory_bytes is None:
         cache = replace(cache, kv_cache_memory_bytes=DEFAULT_KV_CACHE_BYTES)
     num_blocks = choose_num_blocks(cache, scheduler, block_bytes, 2**62)
-    chosen = (
-        default_buckets(EngineConfig(replace(cache, num_blocks=num_blocks), scheduler))
-        if buckets is None
-        else named_buckets(buckets)
-    )
     graph_model = graph_model._replace(num_blocks=num_blocks)
     with_kernels = target == "cpu" if kernels is None else kernels
+    planned = with_kernels and not graph_model.decode_problem.unsupported()
+    chosen = default_buckets(graph_model, scheduler, planned=planned) if buckets is None else named_buckets(buckets)
     fields, backend = _backend(graph_model, target, with_kernels, settings)
     require_torch_xla(python)
     built = {

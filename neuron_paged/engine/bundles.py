@@ -13,7 +13,7 @@ from compile.store import Store, open_store
 from neuron_paged.engine.graph_fields import cpu_fields
 from neuron_paged.env import cache_dir
 from neuron_paged.models.config import ModelConfig
-from neuron_paged.models.graph_step import GraphModel
+from neuron_paged.models.graph_plans import GraphModel
 
 _DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -88,7 +88,7 @@ def wanted_fields(
         cache.get("num_blocks") or open_value,
         kv_dtype,
     )
-    fields = {**cpu_fields(model, "kernels" if kernels == "cpu" else "plain")}
+    fields = {**cpu_fields(model, "plain" if kernels == "plain" else "kernels")}
     for group, given in (("model", {"max_positions": max_model_len}), ("cache", cache)):
         kept = {k: v for k, v in fields[group].items() if v != open_value}
         if group == "cache" and "kv_cache_dtype" not in given:

@@ -4,40 +4,71 @@
 from collections.abc import Sequence
 
 from compile.buckets import (
-    DecodeTableBucket,
-    PrefillTableBucket,
+    FOLD_SLABS,
+    DecodeBucket,
+    PrefillBucket,
     bucket_of_name,
     decode_table_grid,
     ladder,
     load_buckets,
+    prefill_grid,
     prefill_table_grid,
 )
-from neuron_paged.config import EngineConfig
+from neuron_paged.config import SchedulerConfig
 from neuron_paged.errors import ConfigError
+from neuron_paged.models.graph_plans import GraphModel, decode_shape, prefill_need
+from neuron_paged.models.graph_step import GraphBucket
+from nki_kernels.hardware import NUM_PARTITIONS
 
-GraphBucket = DecodeTableBucket | PrefillTableBucket
 # A graph takes seconds to compile, rows of padding microseconds on a CPU: few, wide steps.
-_SEQS_GROWTH, _TOKENS_GROWTH, _BLOCKS_GROWTH = 4.0, 4.0, 8.0
+_SEQS_GROWTH, _TOKENS_GROWTH, _CONTEXT_GROWTH = 4.0, 4.0, 8.0
 _MIN_BLOCKS = 8
+_SEQS_PER_FOLD = 8
 
 
-def default_buckets(config: EngineConfig) -> list[GraphBucket]:
-    """Buckets for whatever a scheduler of these limits makes: decode rows by number and longest context, and prompt
-    chunks, alone or with decodes, by number of tokens."""
-    limits = config.scheduler
-    max_blocks = -(-limits.max_model_len // config.cache.block_size)
+def default_buckets(model: GraphModel, limits: SchedulerConfig, *, planned: bool) -> list[GraphBucket]:
+    """Buckets for whatever a scheduler of these limits makes: decode rows by number and context, and prompt chunks.
+
+    planned: attention through the kernels' plans, else from block tables. Planned buckets that hold more folds than the
+    kernel's SBUF are left out; batches that need them are split.
+    """
     seqs = ladder(1, limits.max_num_seqs, growth=_SEQS_GROWTH)
-    widths = ladder(min(_MIN_BLOCKS, max_blocks), max_blocks, growth=_BLOCKS_GROWTH)
+    if planned:
+        return [*_planned_decode(model, limits, seqs), *_planned_prefill(model, limits)]
+    max_blocks = -(-limits.max_model_len // model.block_size)
+    widths = ladder(min(_MIN_BLOCKS, max_blocks), max_blocks, growth=_CONTEXT_GROWTH)
     max_tokens = max(limits.max_num_batched_tokens, limits.max_num_seqs)
     tokens = ladder(limits.max_num_seqs, max_tokens, growth=_TOKENS_GROWTH)
-    prefill = prefill_table_grid([limits.max_num_seqs], tokens, [max_blocks])
-    return [*decode_table_grid(seqs, widths), *prefill]
+    return [*decode_table_grid(seqs, widths), *prefill_table_grid([limits.max_num_seqs], tokens, [max_blocks])]
+
+
+def _planned_decode(model: GraphModel, limits: SchedulerConfig, seqs: Sequence[int]) -> list[DecodeBucket]:
+    """For each number of rows: short contexts that share folds, a fold per row, and full folds up to the limit."""
+    problem = model.decode_problem
+    most = max(1, problem.max_columns // problem.columns_per_seq)
+    full = limits.max_model_len // problem.slab_tokens // FOLD_SLABS
+    found: dict[DecodeBucket, None] = {}
+    for n in seqs:
+        shared = min(n, most, _SEQS_PER_FOLD)
+        sizes = [(0, -(-n // shared)), (0, n)]
+        sizes += [(folds, n) for folds in ladder(1, n * full, growth=_CONTEXT_GROWTH)] if full else []
+        for full_folds, mixed_folds in sizes:
+            bucket = DecodeBucket(n, full_folds, mixed_folds, shared)
+            if not problem.unsupported() and problem.sbuf_bytes(decode_shape(bucket)) <= problem.sbuf_budget_bytes:
+                found[bucket] = None
+    return list(found) or [DecodeBucket(1, full, 1, 1)]
+
+
+def _planned_prefill(model: GraphModel, limits: SchedulerConfig) -> list[PrefillBucket]:
+    longest = prefill_need(model, 1, limits.max_model_len).num_folds
+    tokens = ladder(min(NUM_PARTITIONS, limits.max_num_batched_tokens), limits.max_num_batched_tokens, growth=4.0)
+    return list(prefill_grid(tokens, ladder(1, longest, growth=_CONTEXT_GROWTH)))
 
 
 def named_buckets(names: Sequence[str]) -> list[GraphBucket]:
     """Buckets by name, or all those of a file of grids (NAME.json); each once. Raises ConfigError."""
     if isinstance(names, str) or not names:
-        raise ConfigError(f"graph_buckets: got {names!r}, need a list of names such as 'decode_table-8x16'.")
+        raise ConfigError(f"graph_buckets: got {names!r}, need a list of names such as 'decode-8x0x4x2'.")
     buckets: dict[GraphBucket, None] = {}
     for name in names:
         try:
@@ -47,8 +78,5 @@ def named_buckets(names: Sequence[str]) -> list[GraphBucket]:
                 found = [bucket_of_name(name)]
         except (ValueError, OSError) as error:
             raise ConfigError(f"graph_buckets: {error}") from error
-        for bucket in found:
-            if not isinstance(bucket, GraphBucket):
-                raise ConfigError(f"graph_buckets: got {bucket.name}, need decode_table-… or prefill_table-….")
-            buckets[bucket] = None
+        buckets |= dict.fromkeys(found)
     return list(buckets)

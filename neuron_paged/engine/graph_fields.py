@@ -16,13 +16,16 @@ from compile.host_cpu import instruction_sets
 from compile.lower import TORCH_VERSION, TORCH_XLA_VERSION
 from compile.neuronx_cc_flags import Phase, keyed_flags
 from compile.source_digest import files_digest
-from neuron_paged.models.graph_step import GraphModel
+from neuron_paged.models.graph_plans import GraphModel
 
 _ROOT = Path(__file__).resolve().parents[2]
 # Sources that decide what a graph says: the model's step, the operators' lowering, the tracing.
 STEP_SOURCES = (
     "neuron_paged/models/{}.py",
-    ("collectives", "graph_step", "inputs", "layers", "linear", "llama", "sampler", "step", "tensor_parallel"),
+    (
+        "collectives", "graph_plans", "graph_step", "inputs", "layers", "linear", "llama", "sampler", "step",
+        "tensor_parallel",
+    ),  # fmt: skip
 )
 OPERATOR_SOURCES = ("neuron_paged/ops/{}.py", ("checks", "fake", "plain", "plain_planned", "planned", "schema", "xla"))
 LOWERING_SOURCES = ("compile/{}.py", ("hlo_edit", "kernel_calls", "trace"))
@@ -49,6 +52,7 @@ def model_fields(model: GraphModel) -> dict[str, Any]:
         "model": {"config": _plain(config), "dtype": model.dtype, "max_positions": model.max_positions},
         "cache": {"block_size": model.block_size, "num_blocks": model.num_blocks, "dtype": model.kv_cache_dtype},
         "tensor_parallel": model.tensor_parallel_size,
+        "plans_for": model.target,
     }
 
 

@@ -17,7 +17,8 @@ from compile.lower import Progress, lower_graphs
 from compile.lowered_graph import LoweredGraph
 from compile.store import Store
 from neuron_paged.engine.graph_fields import cpu_fields
-from neuron_paged.models.graph_step import GraphBucket, GraphModel, graph_spec, lowering_request
+from neuron_paged.models.graph_plans import GraphModel
+from neuron_paged.models.graph_step import GraphBucket, graph_spec, lowering_request
 
 
 class GraphSource(Protocol):
@@ -45,6 +46,26 @@ def lower_buckets(
 
 
 @dataclass(frozen=True)
+class LoweredBefore:
+    """Checks and compiles graphs of the buckets, in their order, that lower_buckets made."""
+
+    graphs: Sequence[LoweredGraph]
+
+    def load(
+        self, runtime: HloCpuRuntime, model: GraphModel, buckets: Sequence[GraphBucket], progress: Progress | None
+    ) -> dict[str, HloCpuExecutable]:
+        executables: dict[str, HloCpuExecutable] = {}
+        for number, (bucket, graph) in enumerate(zip(buckets, self.graphs, strict=True)):
+            if progress is not None:
+                progress("compiling", number, len(buckets))
+            check_graph(graph)
+            executables[bucket.name] = runtime.load(graph)
+        if progress is not None:
+            progress("compiling", len(buckets), len(buckets))
+        return executables
+
+
+@dataclass(frozen=True)
 class LoweredNow:
     """Lowers, checks and compiles at start. See lower_buckets."""
 
@@ -55,15 +76,7 @@ class LoweredNow:
         self, runtime: HloCpuRuntime, model: GraphModel, buckets: Sequence[GraphBucket], progress: Progress | None
     ) -> dict[str, HloCpuExecutable]:
         graphs = lower_buckets(model, buckets, kernels=self.kernels, python=self.python, progress=progress)
-        executables: dict[str, HloCpuExecutable] = {}
-        for number, (bucket, graph) in enumerate(zip(buckets, graphs, strict=True)):
-            if progress is not None:
-                progress("compiling", number, len(graphs))
-            check_graph(graph)
-            executables[bucket.name] = runtime.load(graph)
-        if progress is not None:
-            progress("compiling", len(graphs), len(graphs))
-        return executables
+        return LoweredBefore(graphs).load(runtime, model, buckets, progress)
 
 
 @dataclass(frozen=True)

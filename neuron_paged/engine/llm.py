@@ -39,10 +39,11 @@ class LLM:
     SchedulerConfig; max_model_len defaults to what the model allows, at most config.DEFAULT_MAX_MODEL_LEN; num_blocks
     to a quarter of the free memory.
     executor: "eager" runs steps as they come; "hlo-cpu" lowers the model into one static graph per bucket, as for a
-    device, and runs those on XLA:CPU. graph_buckets: names of compile.buckets ("decode_table-8x16"), None = ladders
-    from the limits. graph_kernels, graph_python: see GraphConfig.kernels and .python. bundle: store with graphs that
-    `neuron-paged compile --target cpu` made, a folder or s3://bucket/prefix; cache settings and max_model_len that are
-    not given are the bundle's. no_compile: without a fitting bundle fail at once instead of lowering and compiling.
+    device, and runs those on XLA:CPU; "xla" and "neuron": see GraphConfig. graph_buckets: names of compile.buckets
+    ("decode-8x0x4x2", "decode_table-8x16") or files of grids, None = ladders from the limits. graph_kernels,
+    graph_python: see GraphConfig.kernels and .python. bundle: store with graphs that `neuron-paged compile --target
+    cpu` made, a folder or s3://bucket/prefix; cache settings and max_model_len that are not given are the bundle's.
+    no_compile: without a fitting bundle fail at once instead of lowering and compiling.
     Raises ModelNotFoundError, UnsupportedModelError, CheckpointError, ConfigError, GraphError, RankError.
     """
 
@@ -55,9 +56,9 @@ class LLM:
         tensor_parallel_size: int = 1,
         seed: int | None = 0,
         progress: bool = True,
-        executor: Literal["eager", "hlo-cpu"] = "eager",
+        executor: Literal["eager", "hlo-cpu", "xla", "neuron"] = "eager",
         graph_buckets: Sequence[str] | None = None,
-        graph_kernels: Literal["cpu", "plain"] = "cpu",
+        graph_kernels: Literal["cpu", "simulator", "plain"] = "cpu",
         graph_python: str | Path | None = None,
         bundle: str | Path | None = None,
         no_compile: bool = False,

@@ -8,18 +8,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compile.buckets import DecodeBucket, PrefillBucket
 from compile.errors import BundleMissError, CompileError
-from compile.executors import require_jaxlib
+from compile.executors import Kernel, require_jaxlib
 from compile.lower import Progress, require_torch_xla
+from compile.neuron_device import choose_route, installed_versions, neuron_device
+from compile.xla_device import XlaDevice
 from neuron_paged.config import EngineConfig, GraphConfig
-from neuron_paged.engine.graph_buckets import default_buckets, named_buckets
-from neuron_paged.errors import GraphError
+from neuron_paged.errors import ConfigError, GraphError
 
 if TYPE_CHECKING:
     from neuron_paged.engine.bundles import ChosenBundle
-    from neuron_paged.engine.graph_runner import GraphRunner
+    from neuron_paged.engine.graph_chain import GraphChain
     from neuron_paged.engine.model_runner import ModelRunner
     from neuron_paged.engine.rank_pool import RankPool
+    from neuron_paged.engine.tensor_runner import TensorDevice
+    from neuron_paged.models.graph_plans import GraphModel
+    from neuron_paged.models.graph_step import GraphBucket
     from neuron_paged.models.llama import LlamaModel
 
 
@@ -31,7 +36,7 @@ def make_executor(
     *,
     progress: bool,
     bundle: "ChosenBundle | None" = None,
-) -> "ModelRunner | GraphRunner":
+) -> "ModelRunner | GraphChain":
     """An executor, warmed up. model: prepared for the CPU for executor "eager", plain modules for graphs; with several
     `ranks` the part of rank 0, joined to them. bundle: where the graphs come from, with all its buckets unless some are
     named.
@@ -45,15 +50,19 @@ def make_executor(
         runner = ModelRunner(model, config.cache) if ranks.size == 1 else ParallelRunner(model, config.cache, ranks)
         runner.warm_up()
         return runner
+    from neuron_paged.engine.graph_chain import graph_model
     from neuron_paged.engine.graph_runner import GraphRunner
     from neuron_paged.engine.graph_source import FromBundle
-    from neuron_paged.ops.host_kernels import CPU_KERNELS
 
-    if graphs.buckets is not None:
-        buckets = named_buckets(graphs.buckets)
-    else:
-        buckets = default_buckets(config) if bundle is None else named_buckets(bundle.buckets)
-    kernels = CPU_KERNELS if graphs.kernels == "cpu" else None
+    if graphs.buckets is None and bundle is not None:
+        graphs = replace(graphs, buckets=tuple(bundle.buckets))
+    buckets = _buckets(graph_model(model, config.cache), config, graphs)
+    if graphs.executor != "hlo-cpu":
+        from neuron_paged.engine.tensor_runner import TensorGraphRunner
+
+        with _graph_progress(progress) as report:
+            return TensorGraphRunner(model, config.cache, buckets, _device(graphs), progress=report)
+    kernels = _kernels(graphs)
     source = None if bundle is None else FromBundle(bundle.store, bundle.bundle, kernels is not None)
     try:
         with _graph_progress(progress) as report:
@@ -66,12 +75,55 @@ def make_executor(
     return graph_runner
 
 
+def _kernels(graphs: GraphConfig) -> "dict[str, Kernel] | None":
+    from neuron_paged.ops.host_kernels import CPU_KERNELS, simulated_kernels
+
+    if graphs.kernels == "plain":
+        return None
+    return CPU_KERNELS if graphs.kernels == "cpu" else simulated_kernels()
+
+
+def _buckets(model: "GraphModel", config: EngineConfig, graphs: GraphConfig) -> "list[GraphBucket]":
+    """The buckets that were asked for, or ladders. ConfigError for what simulated kernels can't have."""
+    from neuron_paged.engine.graph_buckets import default_buckets, named_buckets
+    from neuron_paged.models.graph_plans import decode_shape
+
+    unsupported = model.decode_problem.unsupported()
+    if graphs.kernels == "simulator" and unsupported:
+        raise ConfigError(f"graph_kernels: got 'simulator', whose decode kernel does not take it: {unsupported[0]}")
+    if graphs.buckets is None:
+        has_kernels = graphs.executor == "hlo-cpu" and graphs.kernels != "plain"
+        return default_buckets(model, config.scheduler, planned=has_kernels and not unsupported)
+    buckets = named_buckets(graphs.buckets)
+    if graphs.kernels == "simulator":
+        for bucket in buckets:
+            if not isinstance(bucket, DecodeBucket | PrefillBucket):
+                raise ConfigError(f"graph_buckets: got {bucket.name}, NKI kernels need decode-… and prefill-….")
+            if isinstance(bucket, DecodeBucket):
+                try:
+                    model.decode_problem.check(decode_shape(bucket))
+                except ValueError as error:
+                    raise ConfigError(f"graph_buckets: {bucket.name}: {error}") from error
+    return buckets
+
+
+def _device(graphs: GraphConfig) -> "TensorDevice":
+    try:
+        return XlaDevice() if graphs.executor == "xla" else neuron_device()
+    except CompileError as error:
+        raise GraphError(str(error)) from error
+
+
 def require_graph_packages(graphs: GraphConfig) -> None:
     """GraphError that says what to install, before anything is loaded."""
     if graphs.executor == "eager":
         return
     try:
-        require_jaxlib()
+        if graphs.executor == "neuron":
+            choose_route(installed_versions())
+            return
+        if graphs.executor == "hlo-cpu":
+            require_jaxlib()
         if graphs.allow_compiling and graphs.bundle is None:
             require_torch_xla(graphs.python)
     except CompileError as error:
@@ -94,6 +146,7 @@ def find_graphs(
     if graphs.bundle is None:
         return None
     from neuron_paged.engine.bundles import choose_bundle
+    from neuron_paged.engine.graph_buckets import named_buckets
     from neuron_paged.models.loader import read_config
 
     try:

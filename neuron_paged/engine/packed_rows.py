@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays of a step's sequences, which can be split, cut into chunks and padded to a bucket. numpy only.
+"""Arrays of a step's sequences, which can be split, cut into chunks and padded to a bucket.
 
 Owns what padding looks like: no live row ever reads it.
 """
@@ -9,12 +9,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from compile.buckets import DecodeTableBucket, PrefillTableBucket
+from compile.buckets import DecodeBucket, DecodeTableBucket, PrefillTableBucket
 from neuron_paged.engine.batch import Batch
+from neuron_paged.models.graph_step import GraphBucket, num_rows
 
 Int32Array = NDArray[np.int32]
 Float32Array = NDArray[np.float32]
-TableBucket = DecodeTableBucket | PrefillTableBucket
 
 
 class SamplingArrays(NamedTuple):
@@ -85,12 +85,16 @@ class PackedRows(NamedTuple):
         one_each = bool((np.diff(self.cu_seqlens_q) == 1).all())
         return one_each and len(self.logits_tokens) == self.num_seqs
 
-    def need(self, block_size: int) -> TableBucket:
-        """The bucket that fits these rows exactly."""
-        width = max(1, -(-int(self.context_lens.max()) // block_size))
-        if self.is_decode:
-            return DecodeTableBucket(self.num_seqs, width)
-        return PrefillTableBucket(self.num_seqs, self.num_tokens, width)
+    @property
+    def num_leading_decodes(self) -> int:
+        """How many rows from the first on have one token each, whose logits are wanted."""
+        ends = self.cu_seqlens_q[1:]
+        one_each = (np.diff(self.cu_seqlens_q) == 1) & np.isin(ends - 1, self.logits_tokens)
+        return self.num_seqs if one_each.all() else int(one_each.argmin())
+
+    def num_blocks(self, block_size: int) -> int:
+        """Blocks of the longest context."""
+        return max(1, -(-int(self.context_lens.max()) // block_size))
 
     def rows(self, start: int, stop: int) -> "PackedRows":
         """Rows [start, stop)."""
@@ -121,31 +125,33 @@ class PackedRows(NamedTuple):
             ),
         )  # fmt: skip
 
-    def padded(self, bucket: TableBucket, block_size: int) -> dict[str, NDArray]:
-        """Inputs of the bucket's graph by name.
+    def padded(self, bucket: GraphBucket, block_size: int) -> dict[str, NDArray]:
+        """Inputs of the bucket's graph by name, all but plans.
 
         Padded rows have a context of 0. Padded tokens write into the null block's slots from 1 on, each into another
         one while there are enough: rows that write one slot together were reported to race on devices, and slot 0 is
         what padded block tables point at.
         """
-        is_decode = isinstance(bucket, DecodeTableBucket)
-        num_tokens = bucket.num_seqs if isinstance(bucket, DecodeTableBucket) else bucket.num_tokens
+        num_seqs = num_rows(bucket)
+        is_decode = isinstance(bucket, DecodeBucket | DecodeTableBucket)
+        num_tokens = num_seqs if isinstance(bucket, DecodeBucket | DecodeTableBucket) else bucket.num_tokens
         slots = np.arange(num_tokens, dtype=np.int32) % np.int32(block_size - 1) + np.int32(1)
         slots[: self.num_tokens] = self.slot_mapping
-        width = min(self.block_table.shape[1], bucket.max_blocks_per_seq)
-        table = np.zeros((bucket.num_seqs, bucket.max_blocks_per_seq), np.int32)
-        table[: self.num_seqs, :width] = self.block_table[:, :width]
         inputs: dict[str, NDArray] = {
             "token_ids": _extended(self.token_ids, num_tokens),
             "positions": _extended(self.positions, num_tokens),
             "slot_mapping": slots,
-            "block_table": table,
-            "context_lens": _extended(self.context_lens, bucket.num_seqs),
         }
+        if isinstance(bucket, DecodeTableBucket | PrefillTableBucket):
+            width = min(self.block_table.shape[1], bucket.max_blocks_per_seq)
+            table = np.zeros((num_seqs, bucket.max_blocks_per_seq), np.int32)
+            table[: self.num_seqs, :width] = self.block_table[:, :width]
+            inputs |= {"block_table": table, "context_lens": _extended(self.context_lens, num_seqs)}
+        if isinstance(bucket, PrefillTableBucket):
+            inputs["cu_seqlens_q"] = _extended(self.cu_seqlens_q, num_seqs + 1, self.num_tokens)
         if not is_decode:
-            inputs["cu_seqlens_q"] = _extended(self.cu_seqlens_q, bucket.num_seqs + 1, self.num_tokens)
-            inputs["logits_indices"] = _extended(self.logits_tokens, bucket.num_seqs)
-        return inputs | self.sampling.padded(bucket.num_seqs)
+            inputs["logits_indices"] = _extended(self.logits_tokens, num_seqs)
+        return inputs | self.sampling.padded(num_seqs)
 
 
 def _extended(values: Int32Array, size: int, fill: int = 0) -> Int32Array:

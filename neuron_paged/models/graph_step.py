@@ -5,95 +5,93 @@ Sampling is inside. Owns no lowering: `compile.lower` takes the spec and a facto
 """
 
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from compile.buckets import DecodeTableBucket, PrefillTableBucket
+from compile.buckets import DecodeBucket, DecodeTableBucket, PrefillBucket, PrefillTableBucket
 from compile.graph_spec import GraphSpec, TensorSpec
 from compile.kernel_calls import KernelCompiler
 from compile.lower import LoweringRequest
+from neuron_paged.models import graph_plans
 from neuron_paged.models.collectives import RankGroup
-from neuron_paged.models.config import ModelConfig
-from neuron_paged.models.inputs import AttentionInputs
+from neuron_paged.models.graph_plans import GraphModel
+from neuron_paged.models.inputs import AttentionInputs, AttentionPlan, PlannedInputs
 from neuron_paged.models.llama import LlamaModel
 from neuron_paged.models.sampler import SamplingColumns, SamplingTensors
 from neuron_paged.models.tensor_parallel import Shard, check_tensor_parallel_size, join_ranks, model_step
 from nki_kernels.layout import KVCacheLayout
 
-GraphBucket = DecodeTableBucket | PrefillTableBucket
+GraphBucket = DecodeBucket | PrefillBucket | DecodeTableBucket | PrefillTableBucket
 # token ids i32 [R] as sampler.sample_static gives them, and logits [R, V] fp32 for whatever else has to be drawn.
 OUTPUTS = TOKEN_IDS, LOGITS = ("sampled_token_ids", "logits")
 
 
-class GraphModel(NamedTuple):
-    """What a graph depends on besides its bucket.
-
-    config: the model. dtype: of weights and activations, torch's name without "torch.". max_positions: rows of the
-    rotary table. block_size, num_blocks, kv_cache_dtype: the caches' shape and dtype, one shape for all buckets.
-    tensor_parallel_size: ranks that share the model. One graph serves them all: what tells a rank from another are its
-    weights and buffers.
-    """
-
-    config: ModelConfig
-    dtype: str
-    max_positions: int
-    block_size: int
-    num_blocks: int
-    kv_cache_dtype: str
-    tensor_parallel_size: int = 1
-
-    @property
-    def rank_config(self) -> ModelConfig:
-        """Sizes of what one rank computes."""
-        return Shard(self.config, 0, self.tensor_parallel_size).rank_config
-
-    @property
-    def is_greedy(self) -> bool:
-        """Graphs of ranks settle greedy samples without gathering logits, and draw no others."""
-        return self.tensor_parallel_size > 1
-
-
-def input_specs(bucket: GraphBucket, is_greedy: bool = False) -> tuple[TensorSpec, ...]:
-    """What every call of a bucket's graph brings: the arrays of engine.batch.Batch, then SamplingColumns unless it is
-    greedy.
+def input_specs(model: GraphModel, bucket: GraphBucket) -> tuple[TensorSpec, ...]:
+    """What every call of a bucket's graph brings: the arrays of engine.batch.Batch or the plans that take the place of
+    its tables, then SamplingColumns unless the graph is greedy.
 
     Decode: one token per row. Prefill: packed tokens (cu_seqlens_q), and logits_indices [N], the token of each row
-    whose logits are sampled.
+    whose logits are sampled; planned prefill has one row.
     """
-    num_seqs = bucket.num_seqs
-    num_tokens = num_seqs if isinstance(bucket, DecodeTableBucket) else bucket.num_tokens
+    num_seqs = num_rows(bucket)
+    num_tokens = num_seqs if isinstance(bucket, DecodeBucket | DecodeTableBucket) else bucket.num_tokens
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("token_ids", "positions", "slot_mapping"), (num_tokens,))
-    shapes["block_table"] = (num_seqs, bucket.max_blocks_per_seq)
-    shapes["context_lens"] = (num_seqs,)
+    if isinstance(bucket, DecodeTableBucket | PrefillTableBucket):
+        shapes |= {"block_table": (num_seqs, bucket.max_blocks_per_seq), "context_lens": (num_seqs,)}
+    else:
+        shapes |= dict.fromkeys(map(plan_name, model.windows), graph_plans.table_shape(model, bucket))
     if isinstance(bucket, PrefillTableBucket):
-        shapes |= {"cu_seqlens_q": (num_seqs + 1,), "logits_indices": (num_seqs,)}
+        shapes["cu_seqlens_q"] = (num_seqs + 1,)
+    if not isinstance(bucket, DecodeBucket | DecodeTableBucket):
+        shapes["logits_indices"] = (num_seqs,)
     inputs = [TensorSpec(name, shape, "int32") for name, shape in shapes.items()]
-    if not is_greedy:
+    if not model.is_greedy:
         for name in SamplingColumns._fields:
             inputs.append(TensorSpec(name, (num_seqs,), "int32" if name == "top_k" else "float32"))
     return tuple(inputs)
 
 
-class GraphStep(nn.Module):
-    """forward(*input_specs of the bucket, *kv_caches) → OUTPUTS, or TOKEN_IDS alone if it is greedy."""
+def num_rows(bucket: GraphBucket) -> int:
+    """Rows of a batch, and of sampled logits."""
+    return 1 if isinstance(bucket, PrefillBucket) else bucket.num_seqs
 
-    def __init__(self, model: LlamaModel, bucket: GraphBucket, is_greedy: bool = False) -> None:
+
+def plan_name(window: int) -> str:
+    """Name of the plan for layers of one sliding window among a graph's inputs."""
+    return f"plan.{window}" if window else "plan"
+
+
+class GraphStep(nn.Module):
+    """forward(*input_specs, *kv_caches) → OUTPUTS, or TOKEN_IDS alone if it is greedy.
+
+    model: of a rank, if graph_model says that ranks share it.
+    """
+
+    def __init__(self, model: LlamaModel, graph_model: GraphModel, bucket: GraphBucket) -> None:
         super().__init__()
-        self.model, self.is_greedy = model, is_greedy
-        self._names = [spec.name for spec in input_specs(bucket, is_greedy)]
+        self.model, self.is_greedy, self._num_rows = model, graph_model.is_greedy, num_rows(bucket)
+        self._names = [spec.name for spec in input_specs(graph_model, bucket)]
+        self._plan_shape: tuple[int, ...] | None = None
+        if isinstance(bucket, DecodeBucket | PrefillBucket):
+            self._plan_shape = graph_plans.plan_shape(graph_model, bucket)
+            self._is_prefill, self._windows = isinstance(bucket, PrefillBucket), graph_model.windows
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         count = len(self._names)
         named, caches = dict(zip(self._names, tensors[:count], strict=True)), list(tensors[count:])
         tokens, positions, wanted = named.pop("token_ids"), named.pop("positions"), named.pop("logits_indices", None)
-        step = model_step(self.model)
+        columns = {name: named.pop(name) for name in SamplingColumns._fields if name in named}
+        inputs, step = self._attention_inputs(named), model_step(self.model)
         if self.is_greedy:
-            inputs = AttentionInputs(**named)
             return (step(tokens, positions, inputs, wanted, None, SamplingTensors(), caches).token_ids,)
-        columns = SamplingColumns(*(named.pop(name) for name in SamplingColumns._fields))
-        return step.sample(tokens, positions, AttentionInputs(**named), wanted, columns, caches)
+        return step.sample(tokens, positions, inputs, wanted, SamplingColumns(**columns), caches)
+
+    def _attention_inputs(self, named: dict[str, Tensor]) -> AttentionInputs:
+        if self._plan_shape is None:
+            return AttentionInputs(**named)
+        plans = {w: AttentionPlan(named[plan_name(w)], self._plan_shape, self._is_prefill) for w in self._windows}
+        return PlannedInputs.of(named["slot_mapping"], self._num_rows, plans)
 
 
 def graph_spec(model: GraphModel, bucket: GraphBucket) -> GraphSpec:
@@ -102,7 +100,7 @@ def graph_spec(model: GraphModel, bucket: GraphBucket) -> GraphSpec:
     shape = layout.kv_cache_shape(model.num_blocks)
     caches = [TensorSpec(cache_name(i), shape, model.kv_cache_dtype) for i in range(model.config.num_layers)]
     outputs = OUTPUTS[:1] if model.is_greedy else OUTPUTS
-    return GraphSpec(bucket.name, input_specs(bucket, model.is_greedy), tuple(caches), outputs)
+    return GraphSpec(bucket.name, input_specs(model, bucket), tuple(caches), outputs)
 
 
 def cache_name(layer: int) -> str:
@@ -115,11 +113,11 @@ def make_step(model: GraphModel, bucket: GraphBucket) -> GraphStep:
     dtype = getattr(torch, model.dtype)
     if model.tensor_parallel_size == 1:
         meta = LlamaModel(model.config, dtype=dtype, device="meta", max_positions=model.max_positions)
-        return GraphStep(meta, bucket)
+        return GraphStep(meta, model, bucket)
     check_tensor_parallel_size(model.tensor_parallel_size, model.config)
     shard = Shard(model.config, 0, model.tensor_parallel_size)
     meta = shard.new_model(LlamaModel, dtype=dtype, device="meta", max_positions=model.max_positions)
-    return GraphStep(join_ranks(meta, shard, RankGroup(shard.rank, shard.size)), bucket, model.is_greedy)
+    return GraphStep(join_ranks(meta, shard, RankGroup(shard.rank, shard.size)), model, bucket)
 
 
 def lowering_request(

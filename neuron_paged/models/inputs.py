@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model needs besides tokens and caches. Owns the names only; the engine's batch builder fills them."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -19,3 +21,34 @@ class AttentionInputs(NamedTuple):
     block_table: Tensor
     context_lens: Tensor
     cu_seqlens_q: Tensor | None = None
+
+    def plan_arguments(self, sliding_window: int) -> dict[str, Any]:
+        """Keyword arguments of `attention` for layers of this window, beside the tables."""
+        return {}
+
+
+class AttentionPlan(NamedTuple):
+    """The operator's planned form: table [128, W] int32 and plan_shape, see ops.schema."""
+
+    table: Tensor
+    plan_shape: tuple[int, ...]
+    is_prefill: bool
+
+
+class PlannedInputs(AttentionInputs):
+    """plans: for each sliding window of the model's layers the plan that takes the place of the tables; only the number
+    of rows of block_table means anything."""
+
+    plans: Mapping[int, AttentionPlan]
+
+    @classmethod
+    def of(cls, slot_mapping: Tensor, num_rows: int, plans: Mapping[int, AttentionPlan]) -> "PlannedInputs":
+        """With tables that nobody reads."""
+        table = torch.zeros((num_rows, 1), dtype=torch.int32, device=slot_mapping.device)
+        inputs = cls(slot_mapping, table, table[:, 0])
+        inputs.plans = plans
+        return inputs
+
+    def plan_arguments(self, sliding_window: int) -> dict[str, Any]:
+        plan = self.plans[sliding_window]
+        return {"prefill_plan" if plan.is_prefill else "decode_plan": plan.table, "plan_shape": plan.plan_shape}

@@ -122,6 +122,7 @@ class PagedAttention(nn.Module):
             sliding_window=self.sliding_window,
             k_scale=k_scale,
             v_scale=v_scale,
+            **inputs.plan_arguments(self.sliding_window),
         )
         return self.o_proj(attended.reshape(x.shape[0], heads * self.head_dim), residual)
 

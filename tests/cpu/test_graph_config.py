@@ -2,23 +2,31 @@
 """Settings of graph executors: what can't work is refused by name before a model is loaded; default ladders hold
 whatever the scheduler may make."""
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compile.buckets import BucketFile as File
 from compile.buckets import (
     BucketGrid,
+    DecodeBucket,
     DecodeTableBucket,
+    PrefillBucket,
     PrefillTableBucket,
     bucket_of_name,
     decode_table_grid,
 )
 from neuron_paged import LLM
 from neuron_paged.cli import main
-from neuron_paged.config import CacheConfig, EngineConfig, SchedulerConfig
+from neuron_paged.config import CacheConfig, EngineConfig, GraphConfig, SchedulerConfig
 from neuron_paged.engine.graph_buckets import default_buckets, named_buckets
+from neuron_paged.engine.make_executor import make_executor
+from neuron_paged.engine.rank_pool import RankPool
 from neuron_paged.errors import ConfigError, GraphError
+from neuron_paged.models.graph_plans import GraphModel, plan_decode_rows, prefill_need, table_shape
+from neuron_paged.models.llama import LlamaModel
+from tests.xla.family_models import family_config
 
 REFUSED = [
     ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype: got 'fp8', graphs need .* torch_xla 2.9.* has no fp8 tensors"),
@@ -34,10 +42,10 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "message"), REFUSED)
-def test_impossible_settings_are_refused_before_a_model_is_loaded(settings: dict, message: str) -> None:
+@pytest.mark.parametrize(("changes", "message"), REFUSED)
+def test_impossible_settings_are_refused_before_a_model_is_loaded(changes: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        LLM("no/such-model-anywhere", **({"executor": "hlo-cpu"} | settings))
+        LLM("no/such-model-anywhere", **({"executor": "hlo-cpu"} | changes))
 
 
 def test_an_interpreter_that_is_not_there_is_one_line_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,10 +70,20 @@ def test_buckets_by_name_and_by_file(tmp_path) -> None:
     assert found == [DecodeTableBucket(8, 16), DecodeTableBucket(1, 4), DecodeTableBucket(2, 4)]
 
 
-@given(st.integers(1, 300), st.integers(1, 5000), st.integers(2, 40000), st.sampled_from([8, 16, 32, 128]))
-def test_default_ladders_hold_what_the_limits_allow(seqs: int, tokens: int, length: int, block_size: int) -> None:
-    limits = SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens, max_model_len=length)
-    buckets = default_buckets(EngineConfig(CacheConfig(block_size=block_size), limits))
+CONFIG = family_config("llama")
+LIMITS = st.tuples(st.integers(1, 300), st.integers(1, 5000), st.integers(2, 40000), st.sampled_from([8, 16, 32, 128]))
+
+
+def model_and_limits(seqs: int, tokens: int, length: int, block_size: int) -> tuple[GraphModel, SchedulerConfig]:
+    model = GraphModel(CONFIG, "float32", length, block_size, 5000, "float32")
+    return model, SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens, max_model_len=length)
+
+
+@settings(deadline=None, max_examples=60)
+@given(LIMITS)
+def test_default_table_ladders_hold_what_the_limits_allow(sizes: tuple[int, int, int, int]) -> None:
+    seqs, tokens, length, block_size = sizes
+    buckets = default_buckets(*model_and_limits(*sizes), planned=False)
     assert all(bucket_of_name(bucket.name) == bucket for bucket in buckets)
     decode = BucketGrid(b for b in buckets if isinstance(b, DecodeTableBucket))
     prefill = BucketGrid(b for b in buckets if isinstance(b, PrefillTableBucket))
@@ -73,3 +91,47 @@ def test_default_ladders_hold_what_the_limits_allow(seqs: int, tokens: int, leng
     assert decode.pick(DecodeTableBucket(seqs, width)) is not None and decode.pick(DecodeTableBucket(1, 1)) is not None
     assert prefill.pick(PrefillTableBucket(seqs, max(seqs, tokens), width)) is not None
     assert len(buckets) <= 40
+
+
+@settings(deadline=None, max_examples=60)
+@given(LIMITS)
+def test_default_planned_ladders_hold_a_sequence_of_any_length(sizes: tuple[int, int, int, int]) -> None:
+    seqs, tokens, length, block_size = sizes
+    model, limits = model_and_limits(*sizes)
+    buckets = default_buckets(model, limits, planned=True)
+    prefill = BucketGrid(b for b in buckets if isinstance(b, PrefillBucket))
+    assert prefill.pick(prefill_need(model, min(tokens, length), length)) is not None
+    table = np.ones((1, -(-length // block_size)), np.int32)
+    decode = [b for b in buckets if isinstance(b, DecodeBucket)]
+    for context_len in {1, length // 2 + 1, length}:
+        lens = np.array([context_len], np.int32)
+        assert any(plan_decode_rows(model, bucket, table, lens) for bucket in decode)
+    assert max(bucket.num_seqs for bucket in decode) <= seqs and len(buckets) <= 60
+
+
+def test_planned_bucket_needs_what_the_kernels_plan_uses() -> None:
+    model, _ = model_and_limits(4, 128, 8192, 16)
+    table = np.arange(1, 3 * 512 + 1, dtype=np.int32).reshape(3, 512)
+    plans = plan_decode_rows(model, DecodeBucket(4, 8, 4, 2), table, np.array([8192, 2048, 40], np.int32))
+    assert plans is not None and plans.need == DecodeBucket(3, 5, 1, 2)  # 2048 tokens of 16 per slab fill a fold
+    assert plans.tables[0].shape == table_shape(model, DecodeBucket(4, 8, 4, 2))
+    assert plan_decode_rows(model, DecodeBucket(4, 0, 4, 2), table[:1], np.array([8192], np.int32)) is not None
+    assert plan_decode_rows(model, DecodeBucket(4, 0, 3, 2), table[:1], np.array([8192], np.int32)) is None
+
+
+SIMULATOR = [
+    ({"block_size": 8}, "graph_kernels: got 'simulator', whose decode kernel does not take it: block_size: got 8"),
+    ({"graph_buckets": ["decode_table-1x4"]}, "graph_buckets: got decode_table-1x4, NKI kernels need decode-"),
+    ({"graph_buckets": ["decode-40x0x1x40"]}, "decode-40x0x1x40: .*seqs_per_mixed_fold: got 40, need at most"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), SIMULATOR)
+def test_what_simulated_kernels_do_not_take_is_refused(changes: dict, message: str) -> None:
+    cache = CacheConfig(block_size=changes.pop("block_size", 16), num_blocks=9)
+    config = EngineConfig(cache, SchedulerConfig(max_model_len=64))
+    buckets = changes.get("graph_buckets")
+    graphs = GraphConfig("hlo-cpu", None if buckets is None else tuple(buckets), "simulator")
+    model = LlamaModel(CONFIG, device="meta", max_positions=64)
+    with pytest.raises(ConfigError, match=message):
+        make_executor(model, config, graphs, RankPool(1), progress=False)

@@ -17,7 +17,7 @@ from compile.source_digest import files_digest, sources_digest
 from neuron_paged.engine import graph_fields
 from neuron_paged.engine.bundles import wanted_fields
 from neuron_paged.models.config import ModelConfig, RopeConfig
-from neuron_paged.models.graph_step import GraphModel
+from neuron_paged.models.graph_plans import GraphModel
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ModelConfig(

@@ -15,6 +15,8 @@ from neuron_paged.engine.llm_engine import LLMEngine
 from neuron_paged.engine.model_runner import ModelRunner
 from neuron_paged.engine.sampling import SamplingParams
 from neuron_paged.ops.host_kernels import CPU_KERNELS
+from tests.xla.serving import reset
+from tests.xla.serving import serve as serve_with
 from tests.xla.tiny_model import BLOCK_SIZE, make_model
 
 CACHE = CacheConfig(block_size=BLOCK_SIZE, num_blocks=17, num_swap_blocks=4)
@@ -32,29 +34,8 @@ def runners() -> dict[str, GraphRunner]:
     return {"kernels": make_runner(True), "plain": make_runner(False)}
 
 
-def serve(executor, requests: list[tuple[int, list[int], int]], **params) -> dict[str, list[list[int]]]:
-    """Output token ids; requests: (step at which it arrives, prompt, number of tokens)."""
-    engine = LLMEngine(EngineConfig(CACHE, SCHEDULER), executor, vocab_size=300)
-    outputs: dict[str, list[list[int]]] = {}
-    waiting = sorted(enumerate(requests), key=lambda item: item[1][0])
-    for step in range(2000):
-        while waiting and waiting[0][1][0] <= step:
-            index, (_, prompt, count) = waiting.pop(0)
-            settings = {"temperature": 0, "max_tokens": count, "ignore_eos": True} | params
-            engine.add_request(str(index), {"prompt_token_ids": prompt}, SamplingParams(**settings))
-        if not waiting and not engine.has_unfinished_requests():
-            return outputs
-        for output in engine.step() if engine.has_unfinished_requests() else ():
-            if output.finished:
-                outputs[output.request_id] = [list(c.token_ids) for c in output.outputs]
-    raise AssertionError("the requests never finished")
-
-
-def reset(runner: GraphRunner) -> None:
-    """As new: zeroed caches and counters."""
-    for cache in runner.kv_caches:
-        cache.zero_()
-    runner.graph_stats.reset()
+def serve(executor, requests, **params):
+    return serve_with(executor, CACHE, SCHEDULER, requests, **params)
 
 
 TRAFFIC = [(0, list(range(3, 10)), 20), (0, list(range(40, 63)), 15), (2, [5] * 30, 12), (3, [9, 8], 25),

@@ -30,7 +30,7 @@ class Machine:
 
     def __init__(self, bucket: DecodeTableBucket | PrefillTableBucket) -> None:
         self.model = make_model()
-        self.step = GraphStep(self.model, bucket)
+        self.step = GraphStep(self.model, GRAPH_MODEL, bucket)
         self.runtime = HloCpuRuntime(CPU_KERNELS)
         self.weights = {name: self.runtime.share(p.detach().numpy()) for name, p in self.step.named_parameters()}
         self.graphs = {

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lowering: real model steps to static HLO, the same bytes in every process; steps that aren't static are refused."""
 
-import dataclasses
 from collections import Counter
 from functools import partial
 
@@ -16,19 +15,13 @@ from compile.kernel_calls import StandInKernelCompiler
 from compile.lower import LoweringRequest, lower_graphs
 from compile.lowered_graph import LoweredGraph
 from compile.trace import trace
-from neuron_paged.models.config import RopeConfig
-from neuron_paged.models.graph_step import GraphModel, lowering_request
+from neuron_paged.models.graph_step import lowering_request
 from tests.xla import lowering_cases as cases
-from tests.xla.tiny_model import CONFIG, GRAPH_MODEL
+from tests.xla.large_model import MODEL as MODEL_1B
+from tests.xla.tiny_model import GRAPH_MODEL
 
 BUCKETS = (DecodeTableBucket(4, 3), PrefillTableBucket(3, 16, 3))
 COMPILERS = (StandInKernelCompiler(), None)
-LLAMA_1B = dataclasses.replace(
-    CONFIG, num_layers=16, hidden_size=2048, intermediate_size=8192, num_heads=32, num_kv_heads=8, head_dim=64,
-    vocab_size=128256, max_position_embeddings=8192, rope=RopeConfig("default", tuple(0.5**i for i in range(32))),
-    sliding_windows=(0,) * 16, rope_layers=(True,) * 16,
-)  # fmt: skip
-MODEL_1B = GraphModel(LLAMA_1B, "bfloat16", 8192, 32, 512, "bfloat16")
 
 
 def requests() -> list[LoweringRequest]:

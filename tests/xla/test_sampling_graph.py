@@ -35,10 +35,10 @@ def eager(logits: np.ndarray, columns: dict[str, np.ndarray]) -> np.ndarray:
     plain = ~greedy & (columns["top_k"] >= VOCAB) & (columns["top_p"] == 1) & (columns["min_p"] == 0)
     filtered = torch.from_numpy(~greedy & ~plain)
     c = {name: torch.from_numpy(column) for name, column in columns.items()}
-    tensors = SamplingTensors(
-        c["temperature"], c["uniform"], *(torch.from_numpy(np.flatnonzero(rows)) for rows in (greedy, plain)),
-        filtered.nonzero()[:, 0], Filters(c["top_k"][filtered].long(), c["top_p"][filtered], c["min_p"][filtered]),
-    )  # fmt: skip
+    rows = [torch.from_numpy(np.flatnonzero(kind)) for kind in (greedy, plain, filtered)]
+    filters = Filters(c["top_k"][filtered].long(), c["top_p"][filtered], c["min_p"][filtered])
+    rows_or_none = [kind if len(kind) else None for kind in rows]
+    tensors = SamplingTensors(c["temperature"], c["uniform"], *rows_or_none, filters if len(rows[2]) else None)
     return sample(torch.from_numpy(logits), tensors).token_ids.numpy()
 
 

@@ -114,11 +114,11 @@ def test_replicas_give_the_whole_models_tokens_and_caches(graphs: list[LoweredGr
     caches = [rng.standard_normal(shape).astype(np.float32) for _ in range(config.num_layers)]
     whole = [torch.from_numpy(cache.copy()) for cache in caches]
     with torch.no_grad():
-        (expected,) = GraphStep(model, DECODE, is_greedy=True)(*map(torch.from_numpy, step.values()), *whole)
+        (expected,) = GraphStep(model, SHARDED[which], DECODE)(*map(torch.from_numpy, step.values()), *whole)
 
     arguments = []
     for rank in range(size):
-        part = GraphStep(rank_model(model, rank, size), DECODE, is_greedy=True)
+        part = GraphStep(rank_model(model, rank, size), SHARDED[which], DECODE)
         tensors = {name: t.detach().numpy() for name, t in (*part.named_parameters(), *part.named_buffers())}
         heads = Shard(config, rank, size).kv_heads
         tensors |= {f"kv_cache.{i}": np.ascontiguousarray(cache[:, heads]) for i, cache in enumerate(caches)} | step

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from neuron_paged.models.config import ModelConfig, RopeConfig
-from neuron_paged.models.graph_step import GraphModel
+from neuron_paged.models.graph_plans import GraphModel
 from neuron_paged.models.llama import LlamaModel
 
 BLOCK_SIZE, NUM_BLOCKS = 8, 24

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What graphs depend on, and the kernels' plans behind buckets: shapes of plan tables, and plans of a step's rows.
+
+One plan per sliding window of the model's layers. Owns no plan's content: nki_kernels.plan and prefill_plan do.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compile.buckets import DecodeBucket, PrefillBucket
+from neuron_paged.models.config import ModelConfig
+from neuron_paged.models.tensor_parallel import Shard
+from nki_kernels import prefill_plan
+from nki_kernels.decode_support import DecodeProblem
+from nki_kernels.hardware import NUM_PARTITIONS
+from nki_kernels.plan import fits, plan_decode
+from nki_kernels.plan_shape import PlanShape
+from nki_kernels.prefill_plan import ROW_TOKENS, plan_prefill
+
+Int32Array = NDArray[np.int32]
+
+
+class GraphModel(NamedTuple):
+    """What a graph depends on besides its bucket.
+
+    config: the model. dtype: of weights and activations, torch's name without "torch.". max_positions: rows of the
+    rotary table. block_size, num_blocks, kv_cache_dtype: the caches' shape and dtype, one shape for all buckets.
+    tensor_parallel_size: ranks that share the model. One graph serves them all: what tells a rank from another are its
+    weights and buffers. target: whose kernels plans are made for.
+    """
+
+    config: ModelConfig
+    dtype: str
+    max_positions: int
+    block_size: int
+    num_blocks: int
+    kv_cache_dtype: str
+    tensor_parallel_size: int = 1
+    target: str = "trn2"
+
+    @property
+    def rank_config(self) -> ModelConfig:
+        """Sizes of what one rank computes."""
+        return Shard(self.config, 0, self.tensor_parallel_size).rank_config
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Sliding windows of the layers, each once; 0 = none. Layers of one window share a plan."""
+        return tuple(sorted(set(self.config.sliding_windows)))
+
+    @property
+    def decode_problem(self) -> DecodeProblem:
+        """What the decode kernel has to do."""
+        rank = self.rank_config
+        return DecodeProblem(
+            self.target, rank.num_heads, rank.num_kv_heads, rank.head_dim, self.block_size, self.dtype,
+            self.kv_cache_dtype,
+        )  # fmt: skip
+
+    @property
+    def is_greedy(self) -> bool:
+        """Graphs of ranks settle greedy samples without gathering logits, and draw no others."""
+        return self.tensor_parallel_size > 1
+
+
+def decode_shape(bucket: DecodeBucket) -> PlanShape:
+    """The kernel's bucket."""
+    return PlanShape(bucket.num_seqs, bucket.full_folds, bucket.mixed_folds, bucket.seqs_per_fold)
+
+
+def prefill_shape(model: GraphModel, bucket: PrefillBucket) -> prefill_plan.PrefillBucket:
+    """The kernel's bucket: one segment that holds all tokens and folds, so one sequence per step."""
+    row_tokens = min(ROW_TOKENS[-1], model.block_size)
+    q_tiles = -(-bucket.num_tokens // NUM_PARTITIONS)
+    return prefill_plan.PrefillBucket(((q_tiles, max(bucket.num_folds, -(-q_tiles // row_tokens)), 0),), row_tokens)
+
+
+def plan_shape(model: GraphModel, bucket: DecodeBucket | PrefillBucket) -> tuple[int, ...]:
+    """The operator's plan_shape."""
+    if isinstance(bucket, PrefillBucket):
+        return prefill_shape(model, bucket).plan_shape
+    return decode_shape(bucket).plan_shape(model.decode_problem.slab_tokens)
+
+
+def table_shape(model: GraphModel, bucket: DecodeBucket | PrefillBucket) -> tuple[int, int]:
+    """Shape of a plan's table."""
+    if isinstance(bucket, PrefillBucket):
+        return prefill_shape(model, bucket).table_shape
+    return decode_shape(bucket).table_shape(model.rank_config.num_kv_heads)
+
+
+class DecodePlans(NamedTuple):
+    """need: folds that are used, the most of any window. tables: by window."""
+
+    need: DecodeBucket
+    tables: dict[int, Int32Array]
+
+
+def plan_decode_rows(
+    model: GraphModel, bucket: DecodeBucket, block_table: Int32Array, context_lens: Int32Array
+) -> DecodePlans | None:
+    """Plans of rows with one query token each; None if the bucket is too small for them."""
+    shape, layout = decode_shape(bucket), model.decode_problem.layout(model.num_blocks)
+    if not all(fits(context_lens, layout, shape, sliding_window=window) for window in model.windows):
+        return None
+    plans = {w: plan_decode(block_table, context_lens, layout, shape, sliding_window=w) for w in model.windows}
+    full = max(int((plan.pair_seq[0, : shape.full_folds] >= 0).sum()) for plan in plans.values())
+    mixed = max(int((plan.slab_len > 0).any(axis=0).sum()) for plan in plans.values())
+    need = DecodeBucket(len(context_lens), full, mixed, bucket.seqs_per_fold)
+    return DecodePlans(need, {window: plan.table for window, plan in plans.items()})
+
+
+def prefill_need(model: GraphModel, num_tokens: int, context_len: int) -> PrefillBucket:
+    """The bucket that fits a chunk of one sequence exactly; context_len: its tokens included."""
+    row_tokens = min(ROW_TOKENS[-1], model.block_size)
+    oldest = 0 if model.windows[0] == 0 else max(0, context_len - num_tokens - model.windows[-1] + 1)
+    rows = -(-context_len // row_tokens) - oldest // row_tokens
+    return PrefillBucket(num_tokens, max(1, -(-rows // NUM_PARTITIONS)))
+
+
+def plan_prefill_chunk(
+    model: GraphModel, bucket: PrefillBucket, block_table: Int32Array, context_len: int, num_tokens: int
+) -> dict[int, Int32Array]:
+    """Plans by window of a chunk of one sequence that the bucket holds; block_table [1, W]."""
+    return {
+        window: plan_prefill(
+            block_table,
+            np.array([context_len], np.int32),
+            np.array([0, num_tokens], np.int32),
+            num_tokens=bucket.num_tokens,
+            num_kv_heads=model.rank_config.num_kv_heads,
+            block_size=model.block_size,
+            bucket=prefill_shape(model, bucket),
+            sliding_window=window,
+        ).table
+        for window in model.windows
+    }

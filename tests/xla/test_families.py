@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Planned graphs of every family: what each lowered graph must be, and continuous batching through the NKI kernels in
+the simulator with the eager engine's greedy output, token by token."""
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from compile.buckets import DecodeBucket, PrefillBucket
+from compile.graph_lint import check_graph
+from compile.hlo import parse_module
+from compile.kernel_calls import KERNEL_TARGET, StandInKernelCompiler
+from compile.lower import lower_graphs
+from compile.lowered_graph import LoweredGraph
+from neuron_paged.config import CacheConfig, SchedulerConfig
+from neuron_paged.engine.graph_runner import GraphRunner
+from neuron_paged.engine.graph_source import LoweredBefore
+from neuron_paged.engine.model_runner import ModelRunner
+from neuron_paged.models.graph_step import lowering_request
+from neuron_paged.ops.host_kernels import CPU_KERNELS, simulated_kernels
+from tests.xla.family_models import (
+    BLOCK_SIZE,
+    FAMILIES,
+    MAX_LEN,
+    VOCAB,
+    family_config,
+    graph_model,
+    make_family_model,
+)
+from tests.xla.serving import reset, serve
+
+BUCKETS = (DecodeBucket(2, 0, 1, 2), DecodeBucket(4, 0, 2, 2), PrefillBucket(24, 1))
+CACHE = CacheConfig(block_size=BLOCK_SIZE, num_blocks=10)
+SCHEDULER = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=24, max_model_len=MAX_LEN)
+# Nine blocks for up to 13: sequences are preempted and come back with other block tables. Chunks, mixed steps, decodes.
+TRAFFIC = [(0, [3, 4, 5], 9), (0, list(range(20, 60)), 5), (1, [7] * 18, 8), (3, list(range(60, 90)), 6)]
+
+
+@pytest.fixture(scope="module")
+def graphs() -> dict[str, list[LoweredGraph]]:
+    """Of all families, lowered in one process."""
+    models = {name: graph_model(name)._replace(num_blocks=CACHE.num_blocks) for name in FAMILIES}
+    requests = [lowering_request(m, bucket, StandInKernelCompiler()) for m in models.values() for bucket in BUCKETS]
+    lowered = lower_graphs(requests)
+    return {name: lowered[i * len(BUCKETS) :][: len(BUCKETS)] for i, name in enumerate(FAMILIES)}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_graph_is_static_aliased_and_calls_kernels_only(graphs, name: str) -> None:
+    config = family_config(name)
+    plans = {f"plan.{window}" if window else "plan" for window in config.sliding_windows}
+    for graph in graphs[name]:
+        module = parse_module(graph.hlo)
+        leaves = [leaf for _, i in module.instructions() for leaf in i.shape.leaves()]
+        assert not any(leaf.dynamic for leaf in leaves)
+        assert {leaf.dtype for leaf in leaves} <= {"float32", "int32", "uint32", "uint8", "bool"}
+        assert {i.custom_call_target for i in module.custom_calls()} == {KERNEL_TARGET}
+        calls = Counter(graph.manifest.kernels[c.backend_config.decode()].name for c in module.custom_calls())
+        layers = config.num_layers
+        assert calls == {"attention": layers, "reshape_and_cache": layers, "rotary_embedding": sum(config.rope_layers)}
+        must = {alias.output: alias.parameter for alias in module.aliases if alias.must}
+        states = [p.spec.name for p in graph.manifest.parameters if p.role == "state"]
+        assert len(states) == layers
+        assert must == graph.manifest.aliases and len(must) == layers
+        assert plans == {s.name for s in graph.manifest.by_role("input") if s.name.startswith("plan")}
+        assert not graph.manifest.unused
+        assert {finding.rule for finding in check_graph(graph)} <= {"stand-in-kernel", "reduce-window"}
+
+
+def check_serving(graphs: list[LoweredGraph], name: str, kernels) -> Counter[str]:
+    """Serve the traffic; how often each kernel ran."""
+    calls: Counter[str] = Counter()
+
+    def counted(call, operands, results) -> None:
+        calls[call.name] += 1
+        kernels[call.name](call, operands, results)
+
+    counting = dict.fromkeys(kernels, counted)
+    runner = GraphRunner(make_family_model(name), CACHE, BUCKETS, kernels=counting, source=LoweredBefore(graphs))
+    for cache in runner.kv_caches:
+        cache[0] = torch.nan  # nothing live depends on the null block
+    addresses = [cache.data_ptr() for cache in runner.kv_caches]
+    expected = serve(ModelRunner(make_family_model(name), CACHE), CACHE, SCHEDULER, TRAFFIC)
+    assert serve(runner, CACHE, SCHEDULER, TRAFFIC) == expected
+    assert len({tuple(tokens) for output in expected.values() for tokens in output}) == len(TRAFFIC)
+    assert runner.runtime.num_compiles == runner.graph_stats.num_compiles == len(BUCKETS)  # none while serving
+    assert [cache.data_ptr() for cache in runner.kv_caches] == addresses
+    assert set(runner.graph_stats.runs) == {bucket.name for bucket in BUCKETS} and not runner.graph_stats.fallbacks
+    return calls
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_simulated_kernels_give_the_eager_engines_tokens(graphs, name: str) -> None:
+    calls = check_serving(graphs[name], name, simulated_kernels())
+    assert calls["attention"] == calls["reshape_and_cache"] >= 2 * 12 and calls["rotary_embedding"]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_cpu_kernels_give_the_eager_engines_tokens(graphs, name: str) -> None:
+    check_serving(graphs[name], name, CPU_KERNELS)
+
+
+def test_what_no_planned_bucket_holds_is_finished_by_fallbacks(graphs) -> None:
+    """Without the larger decode bucket: four rows are split; without a prefill bucket, prompts run eagerly."""
+    expected = serve(ModelRunner(make_family_model("llama"), CACHE), CACHE, SCHEDULER, TRAFFIC)
+    model = make_family_model("llama")
+    small = GraphRunner(model, CACHE, BUCKETS[:1], kernels=CPU_KERNELS, source=LoweredBefore(graphs["llama"][:1]))
+    assert serve(small, CACHE, SCHEDULER, TRAFFIC) == expected
+    assert small.graph_stats.fallbacks["split"] and small.graph_stats.fallbacks["eager"]
+    prefill = GraphRunner(model, CACHE, BUCKETS[2:], kernels=CPU_KERNELS, source=LoweredBefore(graphs["llama"][2:]))
+    assert serve(prefill, CACHE, SCHEDULER, TRAFFIC) == expected
+    assert prefill.graph_stats.fallbacks["larger"] and not prefill.graph_stats.fallbacks["eager"]
+    reset(prefill)
+    assert not prefill.graph_stats.runs
+
+
+# -- random traffic ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runners(graphs) -> list[GraphRunner]:
+    """With all buckets; with a decode bucket only; with a prefill bucket only."""
+    model, found = make_family_model("qwen2"), graphs["qwen2"]
+    return [
+        GraphRunner(model, CACHE, BUCKETS[part], kernels=CPU_KERNELS, source=LoweredBefore(found[part]))
+        for part in (slice(None), slice(1), slice(2, None))
+    ]
+
+
+REQUEST = st.tuples(st.integers(0, 8), st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=40), st.integers(1, 9))
+PARAMS = st.sampled_from([{}, {"temperature": 0.9, "top_p": 0.9, "seed": 3}, {"temperature": 1.0, "logprobs": 1}])
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(requests=st.lists(REQUEST, min_size=1, max_size=5), which=st.integers(0, 2), params=PARAMS)
+def test_random_traffic_never_fails(runners: list[GraphRunner], requests, which: int, params) -> None:
+    runner = runners[which]
+    reset(runner)
+    compiles = runner.runtime.num_compiles
+    expected = serve(ModelRunner(make_family_model("qwen2"), CACHE), CACHE, SCHEDULER, requests, **params)
+    assert serve(runner, CACHE, SCHEDULER, requests, **params) == expected
+    assert runner.runtime.num_compiles == compiles
