@@ -33,14 +33,24 @@ _PLANNED = slice(Arg.NUM_ITEMS, Arg.NUM_GROUPS + 1)
 class CpuDecoderStack(DecoderStack):
     """The layers of an fp32 model whose parts prepare_cpu has replaced, run as one program.
 
-    Keeps the modules, whose packed weights the program reads. One thread runs it at a time, others wait.
+    Keeps the modules, whose packed weights the program reads. One thread runs it at a time, others wait. The first step
+    compiles the kernels, which takes up to a minute on a new machine.
     """
 
     def __init__(self, layers: Iterable[nn.Module], config: ModelConfig) -> None:
         super().__init__(layers)
-        self.config, self._lock = config, threading.Lock()
-        calls = decoder_calls(self, config)
-        self._widths = Widths.of(self[0])
+        self.config, self._lock, self._widths = config, threading.Lock(), Widths.of(self[0])
+        self._program: Program | None = None
+
+    @property
+    def program(self) -> Program:
+        """The program, made on first use."""
+        with self._lock:
+            return self._program or self._make_program()
+
+    def _make_program(self) -> Program:
+        """Kernels, the argument blocks' fixed values, and where the others go."""
+        calls = decoder_calls(self, self.config)
         self._template = np.zeros((len(calls), MAX_ARGS), np.int64)
         self._blocks = np.zeros_like(self._template)
         refs = []
@@ -55,7 +65,8 @@ class CpuDecoderStack(DecoderStack):
         self._rows = {kind: [row for row, call in enumerate(calls) if call.kind == kind] for kind in Kind}
         start = self._blocks.ctypes.data
         table = [(call.kernel.worker, start + 8 * MAX_ARGS * row, call.kind) for row, call in enumerate(calls)]
-        self.program = Program(table, len(Kind))
+        self._program = Program(table, len(Kind))
+        return self._program
 
     def forward(
         self,
@@ -69,35 +80,43 @@ class CpuDecoderStack(DecoderStack):
         positions = positions.contiguous()
         inputs = AttentionInputs._make(None if x is None else x.contiguous() for x in inputs)
         table = rotary.cos_sin_cache
-        self._check(positions, table, inputs, kv_caches)
         num_tokens, size = hidden.shape
+        self._check(num_tokens, positions, table, inputs, kv_caches)
         state = torch.empty((num_tokens, self._widths.hidden))
         state[:, :size] = hidden
         if num_tokens:
             with self._lock:
+                program = self._program or self._make_program()
                 self._fill(state, positions, table, inputs, kv_caches)
                 self._check_values(positions, table, inputs, kv_caches[0])
                 self._share_out(num_tokens, inputs, kv_caches[0])
-                self.program.run()
+                program.run()
         return state[:, :size]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("a model prepared for the CPU can't be copied or pickled; load it anew.")
 
-    def _check(self, positions: Tensor, table: Tensor, inputs: AttentionInputs, kv_caches: list[Tensor]) -> None:
-        """What the operators check of every call; layers differ in the window only."""
-        c, first = self.config, kv_caches[0]
+    def _check(
+        self, num_tokens: int, positions: Tensor, table: Tensor, inputs: AttentionInputs, kv_caches: list[Tensor]
+    ) -> None:
+        """What the operators check of every call; layers differ in the window and in the cache's scales only."""
+        c = self.config
         if len(kv_caches) != len(self) or any(
-            cache.shape != first.shape or cache.dtype != first.dtype or not cache.is_contiguous() for cache in kv_caches
+            cache.shape != kv_caches[0].shape
+            or cache.dtype != kv_caches[0].dtype
+            or cache.device != kv_caches[0].device
+            or not cache.is_contiguous()
+            for cache in kv_caches
         ):
             shapes = sorted({f"{list(cache.shape)} {cache.dtype}" for cache in kv_caches})
             raise ValueError(
                 f"kv_caches: got {len(kv_caches)} of {', '.join(shapes)}, need {len(self)}, contiguous and alike."
             )
         query, key = (
-            positions.new_empty((), dtype=torch.float32).expand(positions.shape[0], heads, c.head_dim)
+            positions.new_empty((), dtype=torch.float32).expand(num_tokens, heads, c.head_dim)
             for heads in (c.num_heads, c.num_kv_heads)
         )
+        first = kv_caches[0]
         slots, block_table, context_lens, starts = inputs
         checks.check_attention(
             query, first, block_table, context_lens, starts, None, 0, 0.0, None, None, *self._scales(0, first),
@@ -105,6 +124,9 @@ class CpuDecoderStack(DecoderStack):
         )  # fmt: skip
         checks.check_reshape_and_cache(key, key, first, slots, *self._scales(0, first))
         checks.check_rotary_embedding(positions, query, key, table)
+        if first.dtype == torch.float8_e4m3fn:
+            for layer in range(1, len(self)):
+                checks.check_scales(first, *self._scales(layer, first))
         if checks.debug_checks_enabled():
             value_checks.check_attention_values(query, first, block_table, context_lens, starts, 0, strict=True)
             value_checks.check_slot_mapping_values(first, slots, strict=True)

@@ -23,6 +23,7 @@ from functools import cache as cached
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from llvmlite import ir
 from numba import cfunc, int64, types, void
 from numba.extending import intrinsic, overload
@@ -289,31 +290,27 @@ def row_pieces(rows: int) -> int:
     return -(-rows // _ROWS_PER_ITEM)
 
 
-def interleave_gate_up(gate_up: Tensor) -> Tensor:
-    """[2·inner, …] of gate, then up → rows in the order that panels of GemmArg.GATED want.
+def interleave_gate_up(bias: Tensor) -> Tensor:
+    """[2·inner] of gate, then up → in the order of pack_weight's gated panels, padded like them."""
+    halves = [F.pad(half, (0, -half.shape[0] % LANES)).view(-1, LANES) for half in bias.chunk(2)]
+    return torch.cat(halves, 1).flatten()
 
-    LANES rows of gate and LANES of up take turns; inner is padded with zeros to a multiple of LANES.
+
+def pack_weight(weight: Tensor, dtype: torch.dtype, *, gated: bool = False) -> Tensor:
+    """weight [out_features, in_features] → panels [ceil(out_features / PANEL), in_features, PANEL], zero-padded.
+
+    gated: for GemmArg.GATED, a panel is LANES outputs of the weight's first half, then the LANES of its second half
+    that belong to them. Makes no copy but the result: peak_memory_bytes counts on it.
     """
-    gate, up = gate_up.chunk(2)
-    groups = -(-gate.shape[0] // LANES)
-    padded = gate_up.new_zeros(groups, 2, LANES, *gate.shape[1:])
-    for i, half in enumerate((gate, up)):
-        whole = half.shape[0] // LANES
-        padded[:whole, i] = half[: whole * LANES].unflatten(0, (whole, LANES))
-        if whole < groups:
-            padded[whole, i, : half.shape[0] - whole * LANES] = half[whole * LANES :]
-    return padded.flatten(0, 2)
-
-
-def pack_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """weight [out_features, in_features] → panels [ceil(out_features / PANEL), in_features, PANEL], zero-padded."""
-    outputs, inputs = weight.shape
-    num_panels = -(-outputs // PANEL)
-    packed = torch.zeros((num_panels, inputs, PANEL), dtype=dtype)
-    whole = outputs // PANEL
-    packed[:whole] = weight[: whole * PANEL].view(whole, PANEL, inputs).transpose(1, 2)
-    if whole < num_panels:
-        packed[whole, :, : outputs - whole * PANEL] = weight[whole * PANEL :].t()
+    parts = weight.chunk(2) if gated else (weight,)
+    width, (outputs, inputs) = PANEL // len(parts), parts[0].shape
+    whole, rest = divmod(outputs, width)
+    packed = torch.zeros((whole + (rest > 0), inputs, PANEL), dtype=dtype)
+    for i, part in enumerate(parts):
+        columns = packed[:, :, i * width : (i + 1) * width]
+        columns[:whole] = part[: whole * width].view(whole, width, inputs).transpose(1, 2)
+        if rest:
+            columns[whole, :, :rest] = part[whole * width :].t()
     return packed
 
 
@@ -330,7 +327,7 @@ def packed_linear(
 
     x [T, in_features], packed from pack_weight, start_row [num_panels · PANEL], residual [T, num_panels · PANEL] with
     contiguous rows → [T, out_features], a view into longer rows if out_features is no multiple of PANEL. gated: the
-    weight is interleave_gate_up's, and the result silu(gate)·up [T, inner = out_features].
+    panels are pack_weight's gated ones, and the result silu(gate)·up [T, inner = out_features].
     """
     num_panels, inputs, _ = packed.shape
     if x.dtype != torch.float32 or x.shape[1] != inputs:

@@ -35,8 +35,8 @@ class PackedLinear(nn.Module):
         weight = linear.weight.detach()
         bias = torch.zeros(outputs) if linear.bias is None else linear.bias.detach().float()
         if gated:
-            weight, bias = cpu_gemm.interleave_gate_up(weight), cpu_gemm.interleave_gate_up(bias)
-        self.packed = cpu_gemm.pack_weight(weight, weight_dtype)
+            bias = cpu_gemm.interleave_gate_up(bias)
+        self.packed = cpu_gemm.pack_weight(weight, weight_dtype, gated=gated)
         self.width = self.packed.shape[0] * (cpu_gemm.LANES if gated else cpu_gemm.PANEL)
         self.start_row = F.pad(bias, (0, self.packed.shape[0] * cpu_gemm.PANEL - bias.shape[0]))
 

@@ -94,7 +94,8 @@ def check_cache(name: str, kv_cache: Tensor) -> None:
         _fail(name, f"strides {list(kv_cache.stride())}", "a contiguous cache; it is read and written in place")
 
 
-def _check_scales(kv_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
+def check_scales(kv_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
+    """Scales are given for fp8 caches only: [num_kv_heads] contiguous fp32 on the cache's device."""
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if scale is None:
             continue
@@ -213,7 +214,7 @@ def check_attention(
         _fail("logits_soft_cap", logits_soft_cap, "0 (off) or a positive finite float32 number, not subnormal")
     _check_per_head("sinks", sinks, "num_heads", num_heads, device)
     _check_per_head("alibi_slopes", alibi_slopes, "num_heads", num_heads, device)
-    _check_scales(kv_cache, k_scale, v_scale)
+    check_scales(kv_cache, k_scale, v_scale)
 
 
 def check_reshape_and_cache(
@@ -237,7 +238,7 @@ def check_reshape_and_cache(
     _check_index("slot_mapping", slot_mapping, 1, "[num_tokens]", device)
     if slot_mapping.shape[0] != key.shape[0]:
         _fail("slot_mapping", slot_mapping, f"[{key.shape[0]}] (num_tokens of key) int32")
-    _check_scales(kv_cache, k_scale, v_scale)
+    check_scales(kv_cache, k_scale, v_scale)
 
 
 def _check_block_mapping(block_mapping: Tensor) -> None:

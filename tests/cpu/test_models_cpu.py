@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import Qwen3Config
 
 from neuron_paged.models import cpu_gemm, cpu_rms_norm, prepare_for_cpu
+from neuron_paged.models.config import ModelConfig, RopeConfig
 from neuron_paged.models.cpu_decoder import CpuDecoderStack
 from neuron_paged.models.inputs import AttentionInputs
 from neuron_paged.models.layers import DecoderStack, SiluAndMul
@@ -214,6 +215,37 @@ def test_program_equals_the_layers_it_replaces() -> None:
             torch.testing.assert_close(got[:30], plainly[:30], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_program_of_odd_sizes(qk_norm: bool, cache_dtype: torch.dtype) -> None:
+    """No width a multiple of a panel, H·D unlike hidden_size, biases, windows, a layer without RoPE, cache scales; more
+    rows than a thread takes at a time, then decoding."""
+    config = ModelConfig(
+        "LlamaForCausalLM", 3, 50, 27, 6, 2, 20, 41, 400, 1e-5, RopeConfig("default", (1.0, 0.1, 0.01)), (0, 7, 100),
+        (True, False, True), qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm=qk_norm,
+    )  # fmt: skip
+    models = []
+    for _ in range(2):
+        model = LlamaModel(config)
+        for number, parameter in enumerate(model.parameters()):
+            if parameter is not model.rotary_emb.cos_sin_cache:
+                parameter.copy_(random(*parameter.shape, scale=0.3, seed=number))
+        for number, layer in enumerate(model.layers if cache_dtype == torch.float8_e4m3fn else ()):
+            layer.self_attn.k_scale, layer.self_attn.v_scale = random(2, seed=number).abs() + 1, torch.ones(2)
+        models.append(prepare_for_cpu(model))
+    models[1].layers = DecoderStack(models[1].layers)
+    caches = [[torch.zeros(26, 2, 2, 16, 20).to(cache_dtype) for _ in range(3)] for _ in models]
+    table = torch.arange(1, 25, dtype=torch.int32)[None]
+    for first, end in ((0, 250), (250, 251)):
+        positions = torch.arange(first, end, dtype=torch.int32)
+        starts = torch.tensor([0, end - first], dtype=torch.int32)
+        inputs = AttentionInputs(16 + positions, table, torch.tensor([end], dtype=torch.int32), starts)
+        with torch.inference_mode():
+            got, same = (m(positions % 41, positions, inputs, kv) for m, kv in zip(models, caches, strict=True))
+        assert got.isfinite().all() and torch.equal(got, same)
+        assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(*caches, strict=True))
+
+
 def test_program_checks_index_values_before_it_writes() -> None:
     model = prepare_for_cpu(filled_model())
     for field, place, value, message in (
@@ -230,6 +262,14 @@ def test_program_checks_index_values_before_it_writes() -> None:
     positions[3] = 16
     with pytest.raises(ValueError, match=r"positions\[3\]: got 16, need 0..15"), torch.inference_mode():
         model(token_ids, positions, inputs, caches)
+    positions[3] = 3
+    with pytest.raises(ValueError, match=r"slot_mapping: got \[14\] .*need \[28\]"), torch.inference_mode():
+        model(token_ids.repeat(2), positions, inputs, caches)
+    model.layers[1].self_attn.k_scale = torch.ones(3)
+    with pytest.raises(ValueError, match=r"k_scale: got \[3\] .*need \[2\]"), torch.inference_mode():
+        model(token_ids, positions, inputs, [cache.to(torch.float8_e4m3fn) for cache in caches])
+    with pytest.raises(ValueError, match="kv_caches: got 0 of"), torch.inference_mode():
+        model(token_ids, positions, inputs, [])
     with pytest.raises(ValueError, match=r"kv_caches: got 1 of .*need 2, contiguous and alike"), torch.inference_mode():
         model(token_ids, positions, inputs, caches[:1])
 

@@ -238,14 +238,14 @@ def store_fp32(b: ir.IRBuilder, x: ir.Value, address: ir.Value, code: int) -> No
     store(b, b.trunc(b.or_(magnitude, sign), vec(lanes, I8)), address)
 
 
-def prefetch(b: ir.IRBuilder, address: ir.Value, locality: int = 3) -> None:
+def prefetch(b: ir.IRBuilder, address: ir.Value) -> None:
     """Ask for the cache line at `address`, which may be any number, for reading."""
     pointer = ir.PointerType(I8)
     name = "llvm.prefetch.p0"
     function = b.module.globals.get(name)
     if function is None:
         function = ir.Function(b.module, ir.FunctionType(VOID, [pointer, I32, I32, I32]), name)
-    b.call(function, [b.inttoptr(address, pointer), I32(0), I32(locality), I32(1)])
+    b.call(function, [b.inttoptr(address, pointer), I32(0), I32(3), I32(1)])
 
 
 def sum_lanes(b: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
