@@ -50,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("compiler")
     group.add_argument("--lnc", type=int, metavar="N", help="logical NeuronCore configuration (default: the target's)")
-    group.add_argument("--compiler-flags", default="", metavar="FLAGS", help="for neuronx-cc, after NEURON_CC_FLAGS's")
+    group.add_argument(
+        "--compiler-flags", default="", metavar="FLAGS", help="as in --compiler-flags='-O1', after NEURON_CC_FLAGS's"
+    )
     group.add_argument("--compiler", default="neuronx-cc", metavar="PATH", help="the executable (default: neuronx-cc)")
     group.add_argument(
         "--allow-unknown-compiler", action="store_true", help="take a newer release for the newest known"
