@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from compile.errors import CompileError, KernelError, MissingPackageError
 from compile.graph_spec import TensorSpec
-from compile.hlo_cpu import flat_places, for_xla_cpu, is_flat
+from compile.hlo_cpu import for_xla_cpu, result_operand, result_places
 from compile.kernel_calls import KERNEL_TARGET, KernelCall
 from compile.lowered_graph import LoweredGraph
 
@@ -33,7 +33,8 @@ Kernel = Callable[[KernelCall, Sequence[NDArray[Any]], Sequence[NDArray[Any]]], 
 Buffer = Any  # jaxlib's device buffer
 
 # void kernel(void* out, const void** in, const char* opaque, size_t opaque_len, XlaCustomCallStatus*)
-# With one array result `out` is its address, with a tuple it points to an array of addresses.
+# With one array result `out` is its address, with a tuple it points to an array of addresses. It is used only where
+# results have no operand's memory (hlo_cpu).
 _CALLBACK = ctypes.CFUNCTYPE(
     None, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p
 )
@@ -64,8 +65,9 @@ class _Run:
     def dispatch(self, out: int, operands: Any, config: str) -> None:
         call = self.calls[config]
         try:
-            if is_flat(call):
-                addresses: Any = [out + place for place in flat_places(call)]
+            number = result_operand(call)
+            if number is not None:
+                addresses: Any = [operands[number] + place for place in result_places(call)]
             else:
                 addresses = [out] if len(call.results) == 1 else ctypes.cast(out, ctypes.POINTER(ctypes.c_void_p))
             results = [_array_at(addresses[i], spec) for i, spec in enumerate(call.results)]
@@ -199,7 +201,13 @@ class HloCpuExecutable:
         self._num_results = len(graph.manifest.outputs) - len(graph.manifest.aliases)
 
     def serialize(self) -> bytes:
-        """Machine code for this process's instruction sets and jaxlib, for HloCpuRuntime.load_compiled."""
+        """Machine code for this process's instruction sets and jaxlib, for HloCpuRuntime.load_compiled.
+
+        CompileError if a kernel returns arrays of several dtypes or several in-place results; see hlo_cpu.
+        """
+        for call in self.manifest.kernels.values():
+            if result_operand(call) is None:
+                raise CompileError(f"{self.manifest.name}: kernel {call.name} returns a tuple, can't serialize it.")
         return self._runtime._client.serialize_executable(self._executable)
 
     def run(

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A module as XLA:CPU has to get it: custom calls in the one form whose config reaches a callback, one array each.
+"""A module as XLA:CPU has to get it: custom calls in the one form whose config reaches a callback, results in operands.
 
-XLA's serialized executables forget that a custom call returned a tuple (jaxlib 0.7.1: the callback then gets the
-address of the first result instead of the addresses of all), so results of one dtype come as one flat array, cut up.
+A serialized executable does not keep whether a call returned a tuple (jaxlib 0.7.1): its callback gets either the
+address of the result or the address of a list of addresses, and can't tell which. So each call gets one more operand,
+in whose memory the result lives, and the callback writes there. Results of one dtype come as one flat array, cut up.
 """
 
 import math
@@ -17,9 +18,13 @@ from compile.protobuf import BYTES, Field, integer, integers, packed, read_field
 _API_VERSION_STATUS_RETURNING_UNIFIED = 3
 
 
-def is_flat(call: KernelCall) -> bool:
-    """Whether the results of a call are one flat array on XLA:CPU: several, of one dtype, none of them an operand."""
-    return len(call.results) > 1 and len({spec.dtype for spec in call.results}) == 1 and not call.aliases
+def result_operand(call: KernelCall) -> int | None:
+    """Number of the operand in whose memory all results lie, one after the other: the aliased one, or one that is
+    appended. None if the results are a tuple of several arrays; such graphs can't be serialized."""
+    if call.aliases:
+        return call.aliases[0][1] if len(call.results) == 1 else None
+    one_dtype = len({spec.dtype for spec in call.results}) == 1
+    return len(call.operands) if one_dtype and all(spec.shape for spec in call.results) else None
 
 
 def for_xla_cpu(hlo: bytes, kernels: Mapping[str, KernelCall]) -> bytes:
@@ -44,13 +49,15 @@ class _Edit:
 
     def __init__(self, computation: Computation, kernels: Mapping[str, KernelCall], free_id: int) -> None:
         self._by_id, self._free_id = computation.by_id, free_id
-        self._flat: dict[int, KernelCall] = {}
+        self._appended: dict[int, KernelCall] = {}  # calls that get an operand for their results
+        self._flat: dict[int, KernelCall] = {}  # those of several results
         for instruction in computation.instructions:
             call = kernels.get(instruction.backend_config.decode(errors="replace"))
-            if instruction.opcode == "custom-call" and call is not None and is_flat(call):
-                users = [i for i in computation.instructions if instruction.id in i.operand_ids]
-                if all(user.opcode == "get-tuple-element" for user in users) and instruction.id != computation.root_id:
-                    self._flat[instruction.id] = call
+            if instruction.opcode != "custom-call" or call is None or result_operand(call) != len(call.operands):
+                continue
+            self._appended[instruction.id] = call
+            if len(call.results) > 1:
+                self._flat[instruction.id] = call
 
     def parts(self, parts: list[Field]) -> list[Field]:
         edited: list[Field] = []
@@ -63,11 +70,22 @@ class _Edit:
                 edited += self._cut(instruction)
                 continue
             fields = [_unified(f) for f in read_fields(part.value)]
-            if instruction.id in self._flat:
-                shape = array_shape(_flat_spec(self._flat[instruction.id]))
-                fields = [Field(3, BYTES, shape) if f.number == 3 else f for f in fields]
-            edited.append(Field(2, BYTES, write_fields(fields)))
+            if instruction.id in self._appended:
+                edited += self._with_operand(instruction, fields)
+            else:
+                edited.append(Field(2, BYTES, write_fields(fields)))
         return edited
+
+    def _with_operand(self, instruction: Instruction, fields: list[Field]) -> list[Field]:
+        """Memory for the results (an iota: cheap, of any dtype), and the call with it as last operand."""
+        call = self._appended[instruction.id]
+        shape = array_shape(_flat_spec(call) if instruction.id in self._flat else call.results[0])
+        identifier, self._free_id = self._free_id, self._free_id + 1
+        memory = text(1, f"iota.{identifier}") + text(2, "iota") + submessage(3, shape) + packed(14, [0])
+        kept = write_fields(f for f in fields if f.number not in (3, 36))
+        kept += submessage(3, shape) + packed(36, [*instruction.operand_ids, identifier])
+        kept += submessage(74, integer(2, len(call.operands)))
+        return [Field(2, BYTES, memory + integer(35, identifier)), Field(2, BYTES, kept)]
 
     def _cut(self, element: Instruction) -> list[Field]:
         """A slice of the flat array and, under the element's own name and id, its shape."""
@@ -85,8 +103,8 @@ class _Edit:
         return [Field(2, BYTES, cut), Field(2, BYTES, whole)]
 
 
-def flat_places(call: KernelCall) -> list[int]:
-    """Byte offset of each result in the flat array."""
+def result_places(call: KernelCall) -> list[int]:
+    """Byte offset of each result in the operand's memory."""
     places, place = [], 0
     for spec in call.results:
         places.append(place)

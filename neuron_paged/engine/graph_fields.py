@@ -28,7 +28,7 @@ STEP_SOURCES = (
     ),  # fmt: skip
 )
 OPERATOR_SOURCES = ("neuron_paged/ops/{}.py", ("checks", "fake", "plain", "plain_planned", "planned", "schema", "xla"))
-LOWERING_SOURCES = ("compile/{}.py", ("hlo_edit", "kernel_calls", "trace"))
+LOWERING_SOURCES = ("compile/{}.py", ("hlo_cpu", "hlo_edit", "kernel_calls", "trace"))
 KERNEL_SOURCES = ("nki_kernels/*.py",)
 
 

@@ -14,7 +14,7 @@ from neuron_paged.cli import main
 from tests.xla.tiny_checkpoint import save_tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
-BUCKETS = ["decode_table-2x4", "prefill_table-2x16x4"]
+BUCKETS = ["decode_table-1x4", "decode_table-2x4", "prefill_table-2x16x4"]
 SETTINGS = ["--block-size=8", "--num-blocks=24", "--max-model-len=64"]
 STAND_IN = str(ROOT / "tests" / "cpu" / "stand_ins" / "neuronx-cc")
 PROMPT = ["--raw", "--prompt", "abc", "--prompt", "defgh", "--temperature", "0", "--max-tokens", "6", "--ignore-eos"]
@@ -55,7 +55,7 @@ def test_a_fresh_process_serves_a_read_only_copy_without_compiling(
     graphs, eager = (json.loads((tmp_path / name).read_text()) for name in ("graphs", "eager"))
     assert graphs["requests"] == eager["requests"]
     statistics = graphs["statistics"]["engine"]["graphs"]
-    assert statistics["num_compiles"] == 0 and set(statistics["runs"]) == set(BUCKETS)
+    assert statistics["num_compiles"] == 0 and {*BUCKETS[1:]} <= set(statistics["runs"]) <= {*BUCKETS}
     assert graphs["statistics"]["kv_cache"]["num_blocks"] == 23  # the bundle's, without the null block
 
 
@@ -105,12 +105,12 @@ def test_neuron_targets_compile_with_their_flags(
 ) -> None:
     monkeypatch.setenv("NEURON_CC_FLAGS", "--enable-saturate-infinity")
     command = ["compile", "--model", str(model), "--target", target, "--compiler", STAND_IN, *SETTINGS]
-    command += ["--store", str(tmp_path / "store"), "--buckets", BUCKETS[0]]
+    command += ["--store", str(tmp_path / "store"), "--buckets", BUCKETS[1]]
     assert main(command) == 0
     store = open_store(tmp_path / "store")
     [bundle] = list_bundles(store)[0]
     assert bundle.fields["lnc"] == (1 if target in ("trn1", "inf2") else 2)
-    files = read_graph(store, bundle.graphs[BUCKETS[0]])
+    files = read_graph(store, bundle.graphs[BUCKETS[1]])
     assert (
         f"'target', '{target}'".encode() in files["graph.neff"] and b"saturate_infinity', True" in files["graph.neff"]
     )

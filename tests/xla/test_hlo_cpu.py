@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """hlo-cpu: lowered steps on XLA:CPU give the eager step's tokens, with the caches updated in place."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,7 @@ from tests.xla.tiny_model import BLOCK_SIZE, GRAPH_MODEL, NUM_BLOCKS, decode_inp
 
 DECODE, PREFILL = DecodeTableBucket(5, 4), PrefillTableBucket(3, 16, 4)
 SPEC = graph_spec(GRAPH_MODEL, DECODE)
+ROOT = Path(__file__).resolve().parents[2]
 GREEDY = SamplingArrays.greedy(DECODE.num_seqs)._asdict()
 
 
@@ -185,3 +189,41 @@ def test_zeroed_buffers(decode: Machine) -> None:
     buffer = decode.runtime.zeros(spec)
     view = decode.runtime.view(buffer, spec)
     assert view.shape == (3, 5) and not view.astype(np.float32).any()
+
+
+LOAD = """
+import sys
+from pathlib import Path
+import numpy as np
+from compile.executors import HloCpuRuntime
+from compile.lowered_graph import LoweredGraph
+from neuron_paged.ops.host_kernels import CPU_KERNELS
+from tests.xla.tiny_model import GRAPH_MODEL
+folder = Path(sys.argv[1])
+graph = LoweredGraph.load(folder)
+inputs = {s.name: np.zeros(s.shape, s.dtype) for s in graph.manifest.by_role("input")}
+inputs["context_lens"][:], inputs["slot_mapping"][:], inputs["block_table"][:, 0] = 1, 8, 1
+for _ in range(4):
+    runtime = HloCpuRuntime(CPU_KERNELS)
+    executable = runtime.load_compiled(graph, (folder / "executable").read_bytes())
+    rng = np.random.default_rng(0)
+    weights = {s.name: runtime.put(rng.normal(size=s.shape).astype(s.dtype)) for s in graph.manifest.by_role("weight")}
+    state = {s.name: runtime.zeros(s) for s in graph.manifest.by_role("state")}
+    print(repr(executable.run(inputs, weights, state)["logits"].sum(dtype=np.float64)), runtime.num_compiles)
+"""
+
+
+@pytest.mark.parametrize("num_seqs", [1, 2])
+def test_serialized_executables_give_the_same_in_fresh_processes(num_seqs: int, tmp_path: Path) -> None:
+    """What a callback gets of a loaded executable differs from load to load, unless hlo_cpu settles it."""
+    bucket = DecodeTableBucket(num_seqs, 4)
+    graph = trace(lowering_request(GRAPH_MODEL, bucket, StandInKernelCompiler()))
+    graph.save(tmp_path)
+    executable = HloCpuRuntime(CPU_KERNELS).load(graph)
+    (tmp_path / "executable").write_bytes(executable.serialize())
+    lines = set()
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        lines.update(done.stdout.splitlines())
+    assert len(lines) == 1 and lines.pop().endswith(" 0")
