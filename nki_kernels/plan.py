@@ -206,14 +206,16 @@ def plan_decode(
     q_len: int = 1,
     sliding_window: int = 0,
     check: bool = False,
+    out: np.ndarray | None = None,
 ) -> DecodePlan:
     """The fold plan of one decode step.
 
     block_table [num_seqs, max_blocks_per_seq] int32; context_lens [num_seqs] int32, this step's tokens included, 0 for
     a padded row; num_seqs may be smaller than shape.num_seqs. q_len: query tokens per sequence. sliding_window: 0 is
     off, else blocks that no query token sees are left out. Blocks that sequences begin with in common are read once
-    where the shape has shared folds (without a window only). check: also verify the result (slow). Raises
-    PlanOverflowError if the shape is too small, ValueError for bad arguments.
+    where the shape has shared folds (without a window only). check: also verify the result (slow). out: the table to
+    write, such as an earlier plan's that nobody reads any more; fresh memory for large ones costs more than planning.
+    Raises PlanOverflowError if the shape is too small, ValueError for bad arguments.
     """
     lens = _as_lens(context_lens, q_len)
     table = np.ascontiguousarray(block_table)
@@ -233,13 +235,18 @@ def plan_decode(
             f"shape: {shape.full_folds} full, {shape.mixed_folds} mixed and {shape.shared_folds} shared folds cannot "
             f"be split over 2 cores; need even counts, because {layout.num_kv_heads} KV heads do not divide."
         )
+    size = shape.table_shape(layout.num_kv_heads)
+    out = np.empty(size, np.int32) if out is None else out
+    if out.shape != size or out.dtype != np.int32 or not out.flags.c_contiguous:
+        raise ValueError(f"out: got {list(out.shape)} {out.dtype}, need {list(size)} int32, contiguous.")
     demand, order, bounds = _demand(lens, layout, shape, q_len, sliding_window, table)
     if len(lens) > shape.num_seqs or len(bounds) - 1 > shape.mixed_folds:
         raise PlanOverflowError(
             f"shape: {len(lens)} sequences need {int(demand.full.sum())} full and {len(bounds) - 1} mixed folds, "
             f"{shape} has fewer. Use the next larger bucket, or split the batch."
         )
-    plan = DecodePlan(shape, layout, fill_table(table, demand, order, bounds, layout, shape), q_len, sliding_window)
+    fill_table(out, table, demand, order, bounds, layout, shape)
+    plan = DecodePlan(shape, layout, out, q_len, sliding_window)
     if check:
         plan.check(table, lens)
     return plan

@@ -16,16 +16,17 @@ _CHUNK_FOLDS = 80  # at a time: their arrays stay in the first caches, and below
 
 
 def fill_table(
+    table: np.ndarray,
     block_table: np.ndarray,
     demand: Demand,
     order: np.ndarray,
     bounds: list[int],
     layout: SlabLayout,
     shape: PlanShape,
-) -> np.ndarray:
-    """`DecodePlan.table`; `order` and `bounds` as `cut` returns them. ValueError for a live block id out of range."""
+) -> None:
+    """Writes every element of `table`, `DecodePlan.table`; `order` and `bounds` as `cut` returns them. ValueError for a
+    live block id out of range."""
     heads, folds, mixed = layout.num_kv_heads, shape.num_folds, shape.mixed_folds
-    table = np.empty(shape.table_shape(heads), np.int32)
     rows = table[:, : heads * folds].reshape(SLABS_PER_FOLD, heads, folds)
     base = rows[:, 0] if heads == 1 else np.empty((SLABS_PER_FOLD, folds), np.int32)  # rows of head 0
     masks = table[:, heads * folds : heads * folds + 2 * mixed]
@@ -42,7 +43,6 @@ def fill_table(
         offsets = np.arange(heads, dtype=np.int32) * np.int32(layout.row_step)
         np.add(base[:, None], offsets[:, None], out=rows)
     _fill_first_touches(rows, base, layout, shape)
-    return table
 
 
 def _fill_full(

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`bench kernels`: modelled figures of the attention kernels beside the goals they were designed for.
 
-Owns the goals and the cases. Every figure comes from the simulator's timing model: bf16, head_dim 128, one NeuronCore,
-one KV head. A range gives the figure with every disputed hardware constant at its fastest and at its slowest.
+Owns the goals and the cases. Figures come from the simulator's timing model: bf16, head_dim 128, one NeuronCore, one KV
+head. A range gives the figure with every disputed hardware constant at its fastest and at its slowest. The host's plan
+times are measured (`plan_time`).
 """
 
 import math
@@ -14,10 +15,12 @@ from typing import Any
 
 from neuron_paged.bench.decode_step import estimate_step, step_cases
 from neuron_paged.bench.nki_library import MAX_ERROR, PeerRun, run_attention_tkg
+from neuron_paged.bench.plan_time import measure_plan_times
 from neuron_paged.errors import InvalidRequestError
 from nki_kernels.estimates import DecodeEstimate, decode_estimate
 from nki_kernels.hardware import generation
 from nki_kernels.prefill_estimates import estimate_prefill
+from nki_kernels.simulator import Report
 
 HEAD_DIM = 128
 RAGGED_TOKENS = (128, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -43,6 +46,7 @@ class Row:
     high: float | None = None
     goal: float | None = None
     at_most: bool = False  # whether the goal is an upper bound
+    bound: str = ""  # what limits the call: printed where the goal is missed
 
     def document(self) -> dict[str, Any]:
         met = None
@@ -57,6 +61,7 @@ class Row:
             "modelled": self.modelled,
             "range": None if self.low is None else [self.low, self.high],
             "met": met,
+            "bound": self.bound,
         }
 
 
@@ -66,6 +71,7 @@ def run_kernels(peer: list[PeerRun] | None, quick: bool, progress: bool) -> dict
     try:
         rows = [row for target in targets for row in _decode_rows(target, progress)]
         rows += _ragged_rows(targets, peer, progress)
+        rows += [row for target in targets for row in _shared_rows(target, progress)]
         rows += [] if quick else [_prefill_row(target, progress) for target in targets]
         steps = []
         for case in step_cases(targets if quick else (*targets, "inf2")):
@@ -76,6 +82,7 @@ def run_kernels(peer: list[PeerRun] | None, quick: bool, progress: bool) -> dict
     return {
         "quick": quick,
         "figures": [row.document() for row in rows],
+        "planning": measure_plan_times(),
         "steps": steps,
         "peer": None if peer is None else [_peer_document(run) for run in peer],
     }
@@ -137,6 +144,7 @@ def _decode_rows(target: str, progress: bool) -> Iterator[Row]:
         yield _timed(row, lambda a, b, n=extra: _hbm_fraction(target, n, b - a), short, long)
         if group == 8:
             row = Row("decode whole call, 8 x 8192 tokens", target, HBM, goal=CALL_GOALS.get(target))
+            row = replace(row, bound=_bound(short.report))
             yield _timed(row, lambda us, n=short.live_bytes: _hbm_fraction(target, n, us), short)
             if target == PEER_TARGET:
                 small = _decode(target, (8192,) * 8, group, block_size=16)
@@ -161,6 +169,8 @@ def _ragged_rows(targets: tuple[str, ...], peer: list[PeerRun] | None, progress:
             padded = _decode(target, RAGGED_TOKENS, 8, block_size=block, shape=shape)
             size = f"{shape.num_folds} / {exact.shape.num_folds} folds"
             row = Row(f"ragged batch, block {block}: next bucket, {size}", target, "x time", goal=1.25, at_most=True)
+            empty = shape.num_folds - exact.shape.num_folds
+            row = replace(row, bound=f"{empty} of {shape.num_folds} folds are padding; {_bound(padded.report)}")
             yield _timed(row, lambda a, b: b / a, exact, padded)
         yield Row(
             "ragged batch: DMA bytes / live KV bytes", target, "x bytes", exact.dma_overhead, goal=1.05, at_most=True
@@ -172,6 +182,24 @@ def _ragged_rows(targets: tuple[str, ...], peer: list[PeerRun] | None, progress:
             yield from _peer_rows(exact, peer)
 
 
+def _bound(report: Report) -> str:
+    """How busy a call keeps what it uses most, and what its bytes alone would take."""
+    line = report.timeline
+    lanes = sorted(line.busy_ns.items(), key=lambda lane: -lane[1])[:3]
+    busy = ", ".join(f"{name} {100 * ns / line.total_ns:.0f} %" for name, ns in lanes)
+    bytes_us = line.dma_bytes / report.generation.dma_bandwidth.value / len(report.events) / 1e3
+    return f"busy: {busy} of {line.total_ns / 1e3:.1f} us; its bytes alone take {bytes_us:.1f} us at the DMA limit"
+
+
+def _shared_rows(target: str, progress: bool) -> Iterator[Row]:
+    """Eight sequences with a common prefix of 4096 tokens and as many of their own: read once against eight times."""
+    _tell(progress, f"a shared prefix on {target}")
+    once, each = (_decode(target, (8192,) * 8, 8, shared_prefix_tokens=4096, share=share) for share in (True, False))
+    case = "8 x 8192 tokens, the first 4096 shared: read 8 times / once"
+    yield Row(case, target, "x bytes", each.dma_bytes / once.dma_bytes)
+    yield _timed(Row(case, target, "x time"), lambda a, b: b / a, once, each)
+
+
 def _peer_rows(ours: DecodeEstimate, peer: list[PeerRun]) -> Iterator[Row]:
     """Best against best: either side's fastest block size."""
     own = min([ours, _decode(PEER_TARGET, RAGGED_TOKENS, 8, block_size=16)], key=lambda call: call.time_us)
@@ -181,7 +209,7 @@ def _peer_rows(ours: DecodeEstimate, peer: list[PeerRun]) -> Iterator[Row]:
     bounds = [value, fast / 1e3 / own.time_range_us[0], slow / 1e3 / own.time_range_us[1]]
     case, num_bytes = "ragged batch: attention_tkg / ours", report.timeline.dma_bytes / own.dma_bytes
     yield Row(case, PEER_TARGET, "x bytes", num_bytes, goal=3.9)
-    yield Row(case, PEER_TARGET, "x time", value, min(bounds), max(bounds), goal=5.0)
+    yield Row(case, PEER_TARGET, "x time", value, min(bounds), max(bounds), goal=5.0, bound=_bound(own.report))
 
 
 def _peer_document(run: PeerRun) -> dict[str, Any]:
@@ -209,4 +237,5 @@ def _prefill_row(target: str, progress: bool) -> Row:
     return Row(
         "prefill of 2048 tokens over 8192, G = 4", target, "of TensorE peak", value,
         value * call.total_ns / call.slowest_ns, value * call.total_ns / call.fastest_ns, goal=0.6,
+        bound=_bound(call.report),
     )  # fmt: skip

@@ -175,11 +175,24 @@ def kernels_report(results: dict[str, Any]) -> str:
              figure["unit"], {True: "met", False: "MISSED", None: ""}[figure["met"]]]
         )  # fmt: skip
     header = ["case (bf16, head_dim 128, 1 NeuronCore, 1 KV head)", "target", "goal", "modelled", "range", "unit", ""]
+    missed = [
+        f"{figure['case']}, {figure['target']}: {figure['bound']}"
+        for figure in results["figures"]
+        if figure["met"] is False and figure["bound"]
+    ]
+    plans: list[list[object]] = [
+        [plan["case"], f"<= {plan['goal_us']:.0f}", f"{plan['median_us']:.0f}", f"{plan['fastest_us']:.0f}",
+         "met" if plan["median_us"] <= plan["goal_us"] else "MISSED"]
+        for plan in results["planning"]
+    ]  # fmt: skip
     parts = [
-        "every figure is modelled by the simulator's timeline, none is measured. range: all hardware figures on which\n"
-        "sources disagree at their fastest and at their slowest; fractions are of the nominal peak, which the fastest\n"
-        "published bandwidth exceeds",
+        "figures of the first table are modelled by the simulator's timeline, none is measured. range: all hardware\n"
+        "figures on which sources disagree at their fastest and at their slowest; fractions are of the nominal peak,\n"
+        "which the fastest published bandwidth exceeds",
         table(header, rows),
+        *(["why not met\n" + "\n".join(missed)] if missed else []),
+        "measured on this CPU: what planning a step costs the host\n"
+        + table(["batch (block 32)", "goal us", "median us", "fastest us", ""], plans),
     ]
     if results["peer"]:
         times = "; ".join(

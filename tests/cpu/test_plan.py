@@ -90,6 +90,9 @@ def test_every_live_slab_is_covered_exactly_once(batch, padded):
     assert fits(lens, layout, shape, **options)
     plan = plan_decode(table, lens, layout, shape, check=True, **options)
     check_plan(plan, table, lens, layout, q_len, window)
+    used = np.full(plan.table.shape, 77, np.int32)
+    assert plan_decode(table, lens, layout, shape, out=used, **options).table is used
+    assert (used == plan.table).all()
     assert set(plan.pair_seq[0].tolist()) - {-1} == set(np.flatnonzero(lens).tolist())
     assert (plan.pair_seq == plan.pair_seq[0]).all()
 
@@ -237,6 +240,7 @@ def test_slab_tokens_keep_a_slab_within_its_tile(block_size, head_dim, itemsize,
     (dict(context_lens=np.array([500], np.int32)), "4 blocks of 16 tokens per row, but context_lens reaches 500"),
     (dict(block_table=np.zeros((2, 4), np.int32)), r"block_table: got \[2, 4\] int32, need \[1, max_blocks_per_seq\]"),
     (dict(block_table=np.full((1, 4), 99, np.int32)), "block_table: live entries reach 99..99, need 0..9"),
+    (dict(out=np.empty((128, 4), np.int64)), r"out: got \[128, 4\] int64, need \[128, 4\] int32"),
     (dict(shape=PlanShape(1, 1, 1, 1, num_cores=2)), "cannot be split over 2 cores; need even counts"),
 ])  # fmt: skip
 def test_bad_arguments_are_named(change, message):
