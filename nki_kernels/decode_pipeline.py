@@ -39,6 +39,12 @@ def _part_of_values(z, t, u, part: int, parts: int) -> None:
     stages.values(z, t, u, first, end)
 
 
+def _num_early(z, units, i: int) -> int:
+    """Banks of unit i's keys that the step before transposes: two of the last unit. Its keys arrive before its values,
+    and would wait for the softmax of the unit before; ScalarE drains them until that has its maxima (modelled best)."""
+    return min(2, z.num_groups - 1) if i >= 1 and i + 1 == len(units) else 0
+
+
 def shallow_step(z, t, w, units, i: int) -> None:
     """Transposes, scores and softmax of unit i; the values of unit i-1 fill TensorE's waits for the softmax."""
     has_new, has_old = i < len(units), i >= 1
@@ -47,7 +53,8 @@ def shallow_step(z, t, w, units, i: int) -> None:
         if units[i].mixed:
             stages.mask_bounds(z, t, units[i])
         for g in range(z.num_groups):
-            _transpose(z, t, units[i], g, drains)
+            if g >= _num_early(z, units, i):
+                _transpose(z, t, units[i], g, drains)
             if g > 0:
                 stages.score_slots(z, t, units[i], g - 1)
     if has_old:
@@ -56,6 +63,8 @@ def shallow_step(z, t, w, units, i: int) -> None:
     if has_new:
         stages.score_slots(z, t, units[i], z.num_groups - 1)
         stages.row_maximum(z, t, units[i])
+        for g in range(_num_early(z, units, i + 1)):
+            stages.transpose_keys(z, t, units[i + 1], g, True)
     if has_old:
         _part_of_values(z, t, units[i - 1], 1, 4)
     if has_new:
