@@ -31,7 +31,7 @@ DTYPE, ITEMSIZE = "bfloat16", 2
 class Rank:
     """num_cores: NeuronCores of a logical core (LNC). sliding_window: 0, or of all layers. Raises ConfigError.
 
-    max_context: longest sequence, which decides how many tokens a row of a prefill fold has.
+    max_context: tokens of the longest sequence.
     """
 
     model: DecoderModel
@@ -84,11 +84,10 @@ class Rank:
     def slab_tokens(self) -> int:
         return self.problem.slab_tokens
 
-    @cached_property
+    @property
     def row_tokens(self) -> int:
-        """Tokens per row of a prefill fold: as few as one fold of the longest sequence allows."""
-        longest = self.max_context if not self.sliding_window else min(self.max_context, self.sliding_window + 2048)
-        return next((n for n in ROW_TOKENS if ROWS * n >= longest), ROW_TOKENS[-1])
+        """Tokens per row of a prefill fold."""
+        return min(ROW_TOKENS[-1], self.block_size)
 
     @property
     def fold_tokens(self) -> int:
@@ -127,10 +126,10 @@ class Rank:
 
     def prefill_need(self, chunk: Chunk) -> PrefillBucket:
         """One chunk is one graph run: the kernel's static shape is per sequence."""
-        seen = chunk.context_len
-        if self.sliding_window:
-            seen = min(seen, chunk.num_tokens + self.sliding_window - 1 + self.row_tokens)
-        return PrefillBucket(chunk.num_tokens, max(-(-seen // self.fold_tokens), self.min_folds(chunk.num_tokens)))
+        window, row = self.sliding_window, self.row_tokens
+        oldest = max(0, chunk.context_len - chunk.num_tokens - window + 1) if window else 0
+        rows = -(-chunk.context_len // row) - oldest // row
+        return PrefillBucket(chunk.num_tokens, max(-(-rows // ROWS), self.min_folds(chunk.num_tokens)))
 
     def table_need(
         self, context_lens: NDArray[np.int32], chunks: Sequence[Chunk] = ()

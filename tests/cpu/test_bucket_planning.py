@@ -4,6 +4,8 @@
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +30,7 @@ from neuron_paged.engine.sampling import SamplingParams
 from neuron_paged.engine.scheduler import Scheduler
 from neuron_paged.engine.sequence import Sequence, SequenceStatus
 from neuron_paged.errors import ConfigError, InvalidRequestError
+from neuron_paged.models.graph_plans import GraphModel, prefill_need
 from neuron_paged.planning.bucket_plan import BucketPlan, Traffic, plan_buckets, replay_traffic, unlimited_us
 from neuron_paged.planning.decoder_model import LLAMA_3_1_8B, DecoderModel
 from neuron_paged.planning.device_memory import DeviceMemory, fitting_ranks
@@ -195,6 +198,10 @@ def test_a_need_is_the_kernels_own_plan(name: str, lens: list[int]) -> None:
 def test_a_chunk_fits_its_need(num_tokens: int, past: int) -> None:
     for rank in RANKS.values():
         need = rank.prefill_need(Chunk(num_tokens, num_tokens + past))
+        config: Any = SimpleNamespace(sliding_windows=(rank.sliding_window,))  # all that the function reads of it
+        model = GraphModel(config, "bfloat16", 0, rank.block_size, 0, "auto")
+        runners = prefill_need(model, num_tokens, num_tokens + past)
+        assert need == PrefillBucket(num_tokens, max(runners.num_folds, rank.min_folds(num_tokens)))
         assert need.num_tokens == num_tokens
         ((q_tiles, folds, _),) = rank.prefill_segment(need).segments
         assert (q_tiles, folds) == (rank.q_tiles(num_tokens), need.num_folds)
@@ -397,10 +404,12 @@ def test_table_needs_are_those_of_real_batches(lengths: list[tuple[int, int]]) -
         batch = build_batch(output, 32)
         packed = PackedRows.of(batch, SamplingArrays.greedy(len(batch.logits_indices)))
         need = rank.table_need(lens, chunks)
-        if type(packed.need(32)) is type(need):
-            assert need == packed.need(32)
-        else:  # prompts of one token are decodes to the runner
-            assert packed.num_tokens == packed.num_seqs == need.num_seqs and all(c.num_tokens == 1 for c in chunks)
+        width = packed.num_blocks(32)
+        if not chunks:
+            assert packed.is_decode and need == DecodeTableBucket(packed.num_seqs, width)
+        else:  # to the runner, prompts of one token alone are decodes
+            assert not packed.is_decode or all(chunk.num_tokens == 1 for chunk in chunks)
+            assert need == PrefillTableBucket(packed.num_seqs, packed.num_tokens, width)
         scheduler.commit(output)
         for item in output.scheduled:
             if item.num_samples:
