@@ -83,7 +83,8 @@ def prepare_for_cpu(model: nn.Module, *, weight_dtype: torch.dtype | None = None
 
     An embedding that shares its matrix with the head stays for the lookup; the head's packed copy is extra memory.
     weight_dtype: fp32, bf16 or fp16, what packed weights are stored in; None = the model's. The decoder layers of an
-    fp32 model become one program (cpu_decoder). The result can't be lowered, exported or saved.
+    fp32 model become one program (cpu_decoder). The result can't be lowered, exported, compiled by torch or saved, and
+    its layers stay as they are.
     """
     devices = {str(parameter.device) for parameter in model.parameters()}
     if devices != {"cpu"}:
