@@ -21,8 +21,9 @@ from compile.lowered_graph import LoweredGraph
 
 # Its client interface is private and changes; this release was tested.
 JAXLIB_VERSION = "0.7.1"
-# Of XLA's code generation. Measured on CPU, a decode step of SmolLM2-135M at 8 rows: compiled in 1.8 s of CPU time at
-# level 0, in 7.5 s at level 3, and runs equally long, because its time goes into library calls.
+# Of XLA's code generation. Measured on CPU, a decode step of SmolLM2-135M: compiled in 1.8 to 2.6 s of CPU time at
+# level 0, in 7.5 s at level 3. At 8 rows it runs equally long, its time goes into library calls; products of one
+# row are generated code, 6 times slower at level 0, so the default ladders start at two rows.
 _OPTIMIZATION_LEVEL = 0
 # What executables depend on besides the graph and the CPU.
 COMPILER_IDENTITY = f"xla-cpu of jaxlib {JAXLIB_VERSION}, level {_OPTIMIZATION_LEVEL}"

@@ -25,7 +25,7 @@ from neuron_paged.engine.sampling_tensors import build_sampling_tensors, samplin
 from neuron_paged.errors import ConfigError
 from neuron_paged.models.graph_plans import GraphModel
 from neuron_paged.models.graph_step import LOGITS, TOKEN_IDS, GraphBucket
-from neuron_paged.models.sampler import UNSETTLED, sample
+from neuron_paged.models.sampler import UNSETTLED, compute_logprobs, sample
 
 if TYPE_CHECKING:
     from neuron_paged.models.llama import LlamaModel
@@ -107,6 +107,18 @@ class GraphChain:
             rows = tensors.logprob_rows.numpy().astype(np.int32)
             logprobs = to_step_logprobs(output.logprobs, rows, token_ids[rows])
         return StepResult(token_ids, logprobs, None, time.perf_counter() - start)
+
+    def sample_with_prompt(self, batch: Batch, logits: np.ndarray) -> StepResult:
+        """_sample, and the logprobs of the prompt tokens that rows of logits [R, V] predict."""
+        parts = batch.prompt_logprobs
+        states: list[SamplingState] = [part.sequence.sampling_params for part in parts]
+        wanted = [state.params.prompt_logprobs or 0 for state in states]
+        rows = np.concatenate([np.arange(p.first_row, p.first_row + p.num_rows) for p in parts])
+        targets = np.array([i for p in parts for i in p.target_token_ids], np.int32)
+        num_logprobs = self.graph_model.config.vocab_size if min(wanted) < 0 else max(wanted)
+        found = compute_logprobs(torch.from_numpy(logits[rows]), torch.from_numpy(targets).long(), num_logprobs)
+        prompt = to_step_logprobs(found, np.arange(len(rows), dtype=np.int32), targets)
+        return self._sample(batch, logits)._replace(prompt_logprobs=prompt)
 
     def _run(self, rows: PackedRows) -> list[StepPart]:
         """Results of rows.logits_tokens, in order."""

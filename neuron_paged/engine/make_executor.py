@@ -86,7 +86,7 @@ def _kernels(graphs: GraphConfig) -> "dict[str, Kernel] | None":
 def _buckets(model: "GraphModel", config: EngineConfig, graphs: GraphConfig) -> "list[GraphBucket]":
     """The buckets that were asked for, or ladders. ConfigError for what simulated kernels can't have."""
     from neuron_paged.engine.graph_buckets import default_buckets, named_buckets
-    from neuron_paged.models.graph_plans import decode_shape
+    from neuron_paged.models.graph_plans import check_kernel
 
     unsupported = model.decode_problem.unsupported()
     if graphs.kernels == "simulator" and unsupported:
@@ -99,11 +99,10 @@ def _buckets(model: "GraphModel", config: EngineConfig, graphs: GraphConfig) -> 
         for bucket in buckets:
             if not isinstance(bucket, DecodeBucket | PrefillBucket):
                 raise ConfigError(f"graph_buckets: got {bucket.name}, NKI kernels need decode-… and prefill-….")
-            if isinstance(bucket, DecodeBucket):
-                try:
-                    model.decode_problem.check(decode_shape(bucket))
-                except ValueError as error:
-                    raise ConfigError(f"graph_buckets: {bucket.name}: {error}") from error
+            try:
+                check_kernel(model, bucket)
+            except ValueError as error:
+                raise ConfigError(f"graph_buckets: {bucket.name}: {error}") from error
     return buckets
 
 

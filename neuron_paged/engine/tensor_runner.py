@@ -20,7 +20,7 @@ from neuron_paged.config import CacheConfig
 from neuron_paged.engine.batch import Batch
 from neuron_paged.engine.executor import StepResult
 from neuron_paged.engine.graph_chain import GraphChain, StepPart, graph_model
-from neuron_paged.engine.packed_rows import PackedRows
+from neuron_paged.engine.packed_rows import PackedRows, SamplingArrays
 from neuron_paged.errors import ConfigError
 from neuron_paged.models.graph_step import LOGITS, TOKEN_IDS, GraphBucket, GraphStep, graph_spec, input_specs
 
@@ -106,14 +106,27 @@ class TensorGraphRunner(GraphChain):
         return {TOKEN_IDS: token_ids.astype(np.int32), LOGITS: logits}
 
     def run_rows(self, rows: PackedRows) -> StepPart:
-        width = rows.num_blocks(self.graph_model.block_size)
-        bucket = PrefillTableBucket(_power(rows.num_seqs), _power(max(rows.num_seqs, rows.num_tokens)), _power(width))
+        bucket = self._own_bucket(rows)
         results = self.run_graph(bucket, rows.padded(bucket, self.graph_model.block_size))
         count = len(rows.logits_tokens)
         return StepPart(results[TOKEN_IDS][:count], results[LOGITS][:count])
 
+    def _own_bucket(self, rows: PackedRows) -> PrefillTableBucket:
+        num_tokens, width = max(rows.num_seqs, rows.num_tokens), rows.num_blocks(self.graph_model.block_size)
+        return PrefillTableBucket(_power(rows.num_seqs), _power(num_tokens), _power(width))
+
     def run_prompt_logprobs(self, batch: Batch) -> StepResult:
-        raise NotImplementedError("prompt_logprobs: this executor has none, use executor='eager' or 'hlo-cpu'.")
+        """A graph gives few rows of logits, so the step runs again for the others; it writes the same cache entries."""
+        self.move_blocks(batch)
+        rows = PackedRows.of(batch, SamplingArrays.greedy(len(batch.logits_indices)))
+        bucket = self._own_bucket(rows)
+        logits = []
+        for start in range(0, len(rows.logits_tokens), bucket.num_seqs):
+            wanted = rows.logits_tokens[start : start + bucket.num_seqs]
+            some = rows._replace(logits_tokens=wanted, sampling=SamplingArrays.greedy(len(wanted)))
+            results = self.run_graph(bucket, some.padded(bucket, self.graph_model.block_size))
+            logits.append(results[LOGITS][: len(wanted)])
+        return self.sample_with_prompt(batch, np.concatenate(logits))
 
     def move_blocks(self, batch: Batch) -> None:
         if len(batch.block_copies) == 0:

@@ -15,6 +15,7 @@ from neuron_paged.models.tensor_parallel import Shard
 from nki_kernels import prefill_plan
 from nki_kernels.decode_support import DecodeProblem
 from nki_kernels.hardware import NUM_PARTITIONS
+from nki_kernels.paged_attention_prefill import check_paged_attention_prefill
 from nki_kernels.plan import fits, plan_decode
 from nki_kernels.plan_shape import PlanShape
 from nki_kernels.prefill_plan import ROW_TOKENS, plan_prefill
@@ -89,6 +90,26 @@ def table_shape(model: GraphModel, bucket: DecodeBucket | PrefillBucket) -> tupl
     if isinstance(bucket, PrefillBucket):
         return prefill_shape(model, bucket).table_shape
     return decode_shape(bucket).table_shape(model.rank_config.num_kv_heads)
+
+
+def check_kernel(model: GraphModel, bucket: DecodeBucket | PrefillBucket) -> None:
+    """ValueError unless the NKI kernels have code for the bucket."""
+    if isinstance(bucket, DecodeBucket):
+        model.decode_problem.check(decode_shape(bucket))
+        return
+    rank = model.rank_config
+    for window in model.windows:
+        check_paged_attention_prefill(
+            num_heads=rank.num_heads,
+            num_kv_heads=rank.num_kv_heads,
+            head_dim=rank.head_dim,
+            block_size=model.block_size,
+            dtype=model.dtype,
+            cache_dtype=model.kv_cache_dtype,
+            bucket=prefill_shape(model, bucket),
+            target=model.target,
+            sliding_window=window,
+        )
 
 
 class DecodePlans(NamedTuple):

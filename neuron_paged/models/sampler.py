@@ -145,17 +145,27 @@ def sample_static(logits: Tensor, columns: SamplingColumns) -> Tensor:
     temperature = torch.where(greedy, torch.ones_like(columns.temperature), columns.temperature)
     plain = _sample_plain_part(logits, temperature, columns.uniform)
     num_candidates = _STATIC_CANDIDATES if _STATIC_CANDIDATES * 4 <= vocab_size else vocab_size
-    # XLA's topk is stable, so equal logits come in order of their ids; the CPU's is not.
-    find = sorted_candidates if logits.device.type == "cpu" else torch.topk
+    find = sorted_candidates if logits.device.type == "cpu" else _sorted_candidates_by_floats
     values, ids = find(logits, num_candidates)
     filters = Filters(columns.top_k.long(), columns.top_p, columns.min_p)
-    total = _softmax_total([torch.softmax(logits / temperature[:, None], -1).amax(-1)])
-    position, settled, mass = _sample_prefix(values, temperature, columns.uniform, filters, total, vocab_size)
-    filtered = _mark(ids.gather(1, position[:, None]).squeeze(1), mass)
+    probabilities = torch.softmax(logits / temperature[:, None], -1)
+    total = _softmax_total([probabilities.amax(-1)])
+    position, settled, _ = _sample_prefix(values, temperature, columns.uniform, filters, total, vocab_size)
+    filtered = ids.gather(1, position[:, None]).squeeze(1)
     if num_candidates < vocab_size:
         filtered = torch.where(settled, filtered, torch.full_like(filtered, UNSETTLED))
     is_plain = (columns.top_k >= vocab_size) & (columns.top_p >= 1) & (columns.min_p <= 0)
-    return torch.where(greedy, argmax(logits), torch.where(is_plain, plain, filtered))
+    drawn = torch.where(greedy, argmax(logits), torch.where(is_plain, plain, filtered))
+    # XLA's maxima and its topk may pass over NaN, a sum does not.
+    return _mark(drawn, probabilities.sum(-1))
+
+
+def _sorted_candidates_by_floats(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """sorted_candidates of operations that lower well: devices sort floats only, which hold ids exactly up to 2**24."""
+    values, ids = torch.topk(logits, k, dim=-1)  # equal values in no particular order
+    numbers, order = ids.float().sort(-1)
+    values, order = values.gather(1, order).sort(dim=-1, descending=True, stable=True)
+    return values, numbers.gather(1, order).long()
 
 
 def _softmax_total(largest: list[Tensor]) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 from compile.buckets import decode_table_grid, prefill_table_grid
 from compile.errors import MissingPackageError
 from compile.neuron_device import LibtorchDevice, NeuronTraceDevice, choose_route
-from neuron_paged.config import CacheConfig, SchedulerConfig
+from neuron_paged import LLM, LLMEngine, SamplingParams
+from neuron_paged.config import CacheConfig, EngineConfig, SchedulerConfig
 from neuron_paged.engine.model_runner import ModelRunner
 from neuron_paged.engine.tensor_runner import TensorGraphRunner
 from neuron_paged.errors import ConfigError
@@ -76,6 +77,21 @@ def test_what_no_bucket_holds_gets_one_of_its_own() -> None:
     expected = serve(ModelRunner(make_model(), CACHE), CACHE, SCHEDULER, traffic)
     assert serve(runner, CACHE, SCHEDULER, traffic) == expected
     assert runner.graph_stats.fallbacks["eager"] and device.num_compiles > 1
+
+
+def test_logprobs_of_prompts_and_samples_equal_the_eager_engines() -> None:
+    runner = TensorGraphRunner(make_model(), CACHE, BUCKETS, trace_device())
+    found = []
+    for executor in (runner, ModelRunner(make_model(), CACHE)):
+        llm = LLM.from_engine(LLMEngine(EngineConfig(CACHE, SCHEDULER), executor, vocab_size=300))
+        params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, logprobs=2, prompt_logprobs=1)
+        found += llm.generate([{"prompt_token_ids": p} for _, p, _ in TRAFFIC[:3]], [params] * 3, use_tqdm=False)
+    for got, want in zip(found[:3], found[3:], strict=True):
+        assert got.outputs[0].token_ids == want.outputs[0].token_ids
+        for one, other in zip(got.prompt_logprobs[1:], want.prompt_logprobs[1:], strict=True):
+            assert one.keys() == other.keys()
+            assert all(one[i].logprob == pytest.approx(other[i].logprob, abs=1e-4) for i in one)
+    assert runner.graph_stats.fallbacks["prompt_logprobs"]
 
 
 def test_swap_blocks_are_refused() -> None:

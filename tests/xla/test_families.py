@@ -15,6 +15,7 @@ from compile.hlo import parse_module
 from compile.kernel_calls import KERNEL_TARGET, StandInKernelCompiler
 from compile.lower import lower_graphs
 from compile.lowered_graph import LoweredGraph
+from compile.trace import trace
 from neuron_paged.config import CacheConfig, SchedulerConfig
 from neuron_paged.engine.graph_runner import GraphRunner
 from neuron_paged.engine.graph_source import LoweredBefore
@@ -68,6 +69,14 @@ def test_every_graph_is_static_aliased_and_calls_kernels_only(graphs, name: str)
         assert plans == {s.name for s in graph.manifest.by_role("input") if s.name.startswith("plan")}
         assert not graph.manifest.unused
         assert {finding.rule for finding in check_graph(graph)} <= {"stand-in-kernel", "reduce-window"}
+
+
+def test_bytes_are_equal_in_another_process(graphs) -> None:
+    """The fixture's are from a child process, these from this one."""
+    model = graph_model("qwen2")._replace(num_blocks=CACHE.num_blocks)
+    for bucket, graph in zip(BUCKETS, graphs["qwen2"], strict=True):
+        again = trace(lowering_request(model, bucket, StandInKernelCompiler()))
+        assert again.hlo == graph.hlo and again.digest == graph.digest
 
 
 def check_serving(graphs: list[LoweredGraph], name: str, kernels) -> Counter[str]:
