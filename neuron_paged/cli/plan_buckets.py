@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-num-batched-tokens", type=positive_int, default=512, metavar="N", help="default 512")
     parser.add_argument("--max-model-len", type=positive_int, metavar="N", help="default: the model's, at most 8192")
     parser.add_argument(
-        "--tables", action="store_true", help="buckets of block tables, for --executor hlo-cpu, instead of folds"
+        "--tables", action="store_true", help="buckets of block tables instead of folds: for --graph-kernels plain"
     )
     parser.add_argument("--json", metavar="FILE", help='write the grids, a file of buckets ("-": to standard output)')
     parser.add_argument("--png", metavar="FILE", help="draw the traffic against the buckets")
