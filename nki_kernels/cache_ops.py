@@ -4,6 +4,10 @@
 Legend: T = num_tokens, K = num_kv_heads, B = block_size, D = head_dim. Meaning: `cache_ops_ref.py`. Rows meant for
 the null block are dropped, never written: many padded rows on one slot would race. Both kernels write `kv_cache` in
 place and return it, so that a graph can alias it.
+
+A head-major cache takes a descriptor of head_dim elements per (token, head, K or V), far below what DMA moves at full
+rate: 2048 tokens of 8 heads, bf16, take 0.75 ms on trn1 and 1.2 ms on trn2 (modelled), 12 and 26 times what their bytes
+would. Whole blocks could be written as slabs, but only by a graph that promises aligned chunks; no caller has one.
 """
 
 from nki_kernels.layout import FP8_E4M3_MAX
