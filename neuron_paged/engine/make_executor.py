@@ -140,10 +140,15 @@ def find_graphs(
     """The bundle that graphs.bundle names, chosen before any weight is read; None to lower and compile instead.
 
     cache: the CacheConfig settings that were given. Raises GraphError if none fits and nothing may be compiled (else a
-    note on standard error says why), or the store can't be read.
+    note on standard error says why), or the store can't be read; ConfigError for kv_cache_memory_bytes.
     """
     if graphs.bundle is None:
         return None
+    if cache.get("kv_cache_memory_bytes") is not None:
+        raise ConfigError(
+            "kv_cache_memory_bytes: got it with a bundle, whose graphs fix the number of blocks; need num_blocks or "
+            "neither of them."
+        )
     from neuron_paged.engine.bundles import choose_bundle
     from neuron_paged.engine.graph_buckets import named_buckets
     from neuron_paged.models.loader import read_config

@@ -77,6 +77,23 @@ def test_a_miss_is_one_line_that_names_what_differs(
     assert len(lines) == 1 and says in lines[0] and "neuron-paged compile" in lines[0]
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--no-compile"], "need one to take the graphs from"),
+        (["--bundle", "/no/such/store"], "no folder /no/such/store"),
+        (["--bundle", "STORE", "--kv-cache-memory", "1MiB"], "fix the number of blocks"),
+    ],
+)
+def test_settings_that_contradict_are_one_line(
+    model: Path, store: Path, capsys: pytest.CaptureFixture[str], options: list[str], says: str
+) -> None:
+    words = [str(store) if word == "STORE" else word for word in options]
+    assert main(["generate", "--model", str(model), *PROMPT, *words]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and says in lines[0]
+
+
 def test_a_miss_compiles_when_it_may(model: Path, store: Path, tmp_path: Path) -> None:
     options = ["--bundle", str(store), "--max-model-len=32", "--graph-bucket", "prefill_table-2x8x8"]
     done = generate(model, tmp_path / "out", *options, "--block-size=8", "--num-blocks=24")
