@@ -142,13 +142,24 @@ class Bundle:
         if values["format"] != FORMAT:
             raise BundleError(f"{what}: got format {values['format']!r}, need {FORMAT!r}; compile again.")
         stated = values.pop("sha256", None)
-        if stated != digest(values):
+        try:
+            intact = stated == digest(values)
+        except (ValueError, RecursionError):  # NaN, a lone surrogate, too deep: nothing that to_bytes wrote
+            intact = False
+        if not intact:
             raise BundleError(f"{what}: the manifest does not have the digest it states; it is damaged.")
         try:
             graphs = {bucket: Graph.from_json(bucket, graph) for bucket, graph in values["graphs"].items()}
-            return cls(values["fields"], graphs, values["built"])
+            fields, built = values["fields"], values["built"]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(f"{what}: the manifest lacks a part ({error}); it is foreign.") from error
+        for name, value in (("fields", fields), ("built", built)):
+            if not isinstance(value, dict):
+                raise BundleError(f"{what}: {name} is {type(value).__name__}, need an object; it is foreign.")
+        refs = {ref for graph in graphs.values() for ref in graph.files.values()}
+        if len({ref.sha256 for ref in refs}) != len(refs):
+            raise BundleError(f"{what}: the manifest gives one file two sizes; it is foreign.")
+        return cls(fields, graphs, built)
 
 
 def file_sha256(path: Path) -> str:

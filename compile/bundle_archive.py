@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import IO
 
 from compile.bundle import MAX_MANIFEST_BYTES, Bundle, FileRef
-from compile.bundle_store import publish_bundle
+from compile.bundle_store import is_whole, publish_bundle
 from compile.errors import BundleError, StoreError
-from compile.store import Store
+from compile.store import Store, file_errors
 
 # NEFFs are tens to hundreds of MB and a bundle has some dozens; whoever has more says so.
 DEFAULT_MAX_BYTES = 64 * 2**30
@@ -85,9 +85,11 @@ def import_bundle(store: Store, source: Path, *, max_bytes: int = DEFAULT_MAX_BY
 def _store_member(store: Store, member: IO[bytes], ref: FileRef, scratch: Path, source: Path) -> None:
     with scratch.open("wb") as file:
         while chunk := member.read(_CHUNK_BYTES):
-            file.write(chunk)
+            with file_errors(f"folder {scratch.parent}"):
+                file.write(chunk)
+                file.flush()
     ref.check_file(scratch, f"{source}: {ref.blob[:18]}…")
-    if not store.put_new(ref.blob, scratch) and store.size(ref.blob) != ref.num_bytes:
+    if not store.put_new(ref.blob, scratch) and not is_whole(store, ref):
         store.replace(ref.blob, scratch)
 
 

@@ -122,7 +122,7 @@ def publish_graph(store: Store, fields: Fields, bucket: str, files: Mapping[str,
     """Write a graph's files, then its entry. If another writer was first and its files are whole, it returns theirs."""
     refs = {path: FileRef.of(content) for path, content in files.items()}
     for path, ref in refs.items():
-        if not store.put_new(ref.blob, files[path]) and not _is_whole(store, ref):
+        if not store.put_new(ref.blob, files[path]) and not is_whole(store, ref):
             store.replace(ref.blob, files[path])
     graph, name = Graph(bucket, refs), f"graphs/{graph_key(fields, bucket)}.json"
     entry = {"bucket": bucket, "files": graph.to_json()}
@@ -144,9 +144,9 @@ def finished_graph(store: Store, fields: Fields, bucket: str) -> Graph | None:
         if stated != digest(entry) or entry["bucket"] != bucket:
             return None
         graph = Graph.from_json(bucket, entry["files"])
-    except (ObjectMissingError, BundleError, ValueError, KeyError, TypeError, AttributeError):
+    except (ObjectMissingError, BundleError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return graph if all(_is_whole(store, ref) for ref in graph.files.values()) else None
+    return graph if all(is_whole(store, ref) for ref in graph.files.values()) else None
 
 
 def publish_bundle(store: Store, bundle: Bundle) -> bool:
@@ -158,7 +158,7 @@ def publish_bundle(store: Store, bundle: Bundle) -> bool:
     if store.put_new(name, bundle.to_bytes()):
         return True
     try:
-        if all(_is_whole(store, ref) for ref in read_manifest(store, name).files.values()):
+        if all(is_whole(store, ref) for ref in read_manifest(store, name).files.values()):
             return False
     except BundleError:
         pass
@@ -174,7 +174,7 @@ def copy_bundle(source: Store, target: Store, bundle: Bundle, progress: Progress
     """
     with tempfile.TemporaryDirectory(prefix="neuron-paged-bundle-") as name:
         scratch = target.scratch() if isinstance(target, LocalStore) else Path(name)
-        todo = [ref for ref in bundle.files.values() if not _is_whole(target, ref)]
+        todo = [ref for ref in bundle.files.values() if not is_whole(target, ref)]
         for number, ref in enumerate(todo, 1):
             progress(f"file {number} of {len(todo)}, {ref.num_bytes} bytes")
             path = _checked_path(source, ref, scratch)
@@ -203,7 +203,7 @@ def _checked_path(store: Store, ref: FileRef, scratch: Path) -> Path:
     raise BundleError(f"{store.location}: {ref.blob[:18]}… is damaged; compile it again or restore it.")
 
 
-def _is_whole(store: Store, ref: FileRef) -> bool:
+def is_whole(store: Store, ref: FileRef) -> bool:
     """Whether the store has the file: by size, and by sha256 where reading costs no transfer."""
     if store.size(ref.blob) != ref.num_bytes:
         return False

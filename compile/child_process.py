@@ -28,7 +28,8 @@ def run_child(
 
     python: interpreter of another virtual environment; None = this one. The child sees what this process can import,
     except for packages that this process's environment installed when it is another one. It ends with this call: an
-    exception here (Ctrl-C too) kills it. while_waiting: called a few times per second.
+    exception here (Ctrl-C too) kills it; if this process is killed, the child's standard input ends, and so does the
+    child. while_waiting: called a few times per second.
     """
     interpreter = Path(sys.executable) if python is None else python
     search_path = [str(Path(entry).resolve()) for entry in sys.path]  # "" is the working directory
@@ -37,20 +38,32 @@ def run_child(
         search_path = [entry for entry in search_path if not any(Path(entry).is_relative_to(p) for p in foreign)]
         search_path.insert(0, str(Path(__file__).resolve().parents[1]))
     code = (
-        "import json, sys\n"
+        "import json, os, sys, threading\n"
+        "threading.Thread(target=lambda: os.read(0, 1) or os._exit(1), daemon=True).start()  # standard input ends\n"
         "paths, module, arguments = json.loads(sys.argv[1])\n"
         "sys.path[:] = paths + [p for p in sys.path[1:] if p not in paths]\n"
         "from importlib import import_module\n"
         "import_module(module).main(arguments)\n"
     )
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_DROPPED_PREFIXES)}
+    ours, alive = os.pipe()  # nobody writes; only this process has the end that could
+    try:
+        return _communicate(
+            [str(interpreter), "-c", code, json.dumps([search_path, module, arguments])],
+            {**kept, "PYTHONHASHSEED": "0", **(environment or {})},
+            ours,
+            while_waiting,
+        )
+    finally:
+        os.close(ours)
+        os.close(alive)
+
+
+def _communicate(
+    command: list[str], environment: Mapping[str, str], stdin: int, while_waiting: Callable[[], None]
+) -> subprocess.CompletedProcess[str]:
     with subprocess.Popen(
-        [str(interpreter), "-c", code, json.dumps([search_path, module, arguments])],
-        env={**kept, "PYTHONHASHSEED": "0", **(environment or {})},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        command, env=environment, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         try:
             while True:

@@ -10,13 +10,14 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from compile.errors import CompileError, MissingPackageError
 from compile.neuronx_cc_errors import explain, is_out_of_host_memory
 from compile.neuronx_cc_flags import check_compiler_version, check_lnc, command_line
 from compile.process_groups import ProcessGroup, signals_held, update_peaks
+from compile.store import file_errors
 
 COMPILER = "neuronx-cc"
 INSTALL = (
@@ -136,10 +137,9 @@ def compile_graphs(
                 if on_poll is not None:
                     on_poll()
                 for result in _collect(pool, timeout_s):
-                    results[result.name] = result
                     if result.error and log_folder is not None:
-                        log_folder.mkdir(parents=True, exist_ok=True)
-                        (log_folder / f"{result.name}.log").write_text(result.log)
+                        result = _keep_log(result, log_folder)
+                    results[result.name] = result
                     if on_result is not None:
                         on_result(result)
                 if memory_bytes is not None and used_bytes > memory_bytes and len(pool.running) > 1:
@@ -154,6 +154,16 @@ def compile_graphs(
     return [results[job.name] for job in jobs]
 
 
+def _keep_log(result: CompileResult, folder: Path) -> CompileResult:
+    """The result; its error says so if the log could not be written, for that must not end the other compilers."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{result.name}.log").write_text(result.log)
+    except OSError as error:
+        return replace(result, error=f"{result.error} (its log can't be kept in {folder}: {error.strerror})")
+    return result
+
+
 def _start_jobs(
     pool: _Pool, folder: Path, compiler: Compiler, target: str, lnc: int, max_jobs: int, memory_bytes: int | None
 ) -> None:
@@ -166,12 +176,8 @@ def _start_jobs(
             if taken + pool.expected_bytes > memory_bytes:
                 return
         job = pool.retries.pop(0) if alone else pool.waiting.pop(0)
-        work = Path(tempfile.mkdtemp(dir=folder, prefix=f"{job.name}-"))
-        (work / "graph.hlo").write_bytes(job.hlo)
-        for relative, content in job.artifacts.items():
-            path = work / _safe(relative)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
+        with file_errors(f"folder {folder}"):
+            work = _write_inputs(job, folder)
         command = command_line(compiler.path, target, lnc, job.flags)
         with signals_held():
             try:
@@ -179,6 +185,16 @@ def _start_jobs(
             except OSError as error:
                 raise CompileError(f"{compiler.path} can't be run: {error.strerror}; reinstall it.") from error
             pool.running.append(_Running(job, work, process, alone))
+
+
+def _write_inputs(job: CompileJob, folder: Path) -> Path:
+    work = Path(tempfile.mkdtemp(dir=folder, prefix=f"{job.name}-"))
+    (work / "graph.hlo").write_bytes(job.hlo)
+    for relative, content in job.artifacts.items():
+        path = work / _safe(relative)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return work
 
 
 def _safe(relative: str) -> PurePosixPath:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Child processes with everything they start: their memory, and ending them for certain. Linux's /proc."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -39,19 +40,36 @@ def signals_held() -> Iterator[None]:
             signal.raise_signal(arrived[0])
 
 
+# A member of the group reads a pipe that only we can write to. It ends when we are gone, even by SIGKILL, and then the
+# member kills the group. The command itself takes the shell's place.
+_WATCHED = 'exec 3<&0; (read -r _ <&3; kill -9 0) & exec "$@" 3<&- </dev/null'
+
+
 class ProcessGroup:
-    """A command running as the leader of a session of its own, its output in a file."""
+    """A command running as the leader of a session of its own, its output in a file. It does not outlive this process.
+
+    OSError if the command can't be run.
+    """
 
     def __init__(self, command: Sequence[str], folder: Path, log: Path) -> None:
-        with log.open("wb") as output:
-            self._process = subprocess.Popen(
-                command,
-                cwd=folder,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        if not os.access(command[0], os.X_OK):
+            raise PermissionError(errno.EACCES, "it is missing or not executable", command[0])
+        ours, self._alive = os.pipe()
+        try:
+            with log.open("wb") as output:
+                self._process = subprocess.Popen(
+                    ["/bin/sh", "-c", _WATCHED, "sh", *command],
+                    cwd=folder,
+                    stdin=ours,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+        except BaseException:
+            os.close(self._alive)
+            raise
+        finally:
+            os.close(ours)
         self.started = time.monotonic()
         self.peak_rss_bytes = 0
 
@@ -72,6 +90,9 @@ class ProcessGroup:
             while time.monotonic() < deadline and (self._process.poll() is None or self._has_members()):
                 time.sleep(0.01)
         self._process.wait()
+        if self._alive >= 0:
+            os.close(self._alive)
+            self._alive = -1
 
     def _has_members(self) -> bool:
         return any(session == self._process.pid and state != "Z" for session, state, _ in _processes())

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from compile.errors import MissingPackageError, StoreError
-from compile.store import ObjectMissingError, check_name, locked
+from compile.store import ObjectMissingError, check_name, file_errors, locked
 
 PART_BYTES = 16 * 2**20  # S3 takes parts of 5 MiB to 5 GiB, 10 000 at most; larger objects get larger parts
 _MAX_PARTS = 10_000
@@ -85,7 +85,10 @@ class S3Store:
 
     def local_path(self, name: str, scratch: Path) -> Path:
         """Downloads into scratch/NAME.part and renames; a part that an earlier run left is continued."""
-        target = scratch / name.replace("/", "-")
+        with file_errors(f"folder {scratch}"):
+            return self._local_path(name, scratch / name.replace("/", "-"))
+
+    def _local_path(self, name: str, target: Path) -> Path:
         part = target.with_suffix(".part")
         with locked(part) as file, contextlib.suppress(FileNotFoundError):  # another process may have renamed it
             if file is not None:

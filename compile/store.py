@@ -82,7 +82,7 @@ def open_store(location: str | Path, *, create: bool = False) -> Store:
         from compile.s3_store import S3Store
 
         return S3Store(text)
-    if re.match(r"[a-z][a-z0-9+.-]*://", text):
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):  # with one slash it is a slip, and would make a folder "s3:"
         raise StoreError(f"store: got {text!r}, need a folder or s3://bucket/prefix.")
     path = Path(text).expanduser()
     if path.exists() and not path.is_dir():
@@ -90,7 +90,7 @@ def open_store(location: str | Path, *, create: bool = False) -> Store:
     if not path.is_dir():
         if not create:
             raise StoreError(f"store: no folder {path}; name one that `neuron-paged compile` or `bundle pull` made.")
-        with _errors(f"store {path}"):
+        with file_errors(f"store {path}"):
             path.mkdir(parents=True, exist_ok=True)
     return LocalStore(path)
 
@@ -107,21 +107,21 @@ class LocalStore:
 
     def read(self, name: str) -> bytes:
         try:
-            with _errors(f"store {self.location}: {name}"):
+            with file_errors(f"store {self.location}: {name}"):
                 return (self._folder / check_name(name)).read_bytes()
         except FileNotFoundError:
             raise ObjectMissingError(f"store {self.location}: no {name}.") from None
 
     def size(self, name: str) -> int | None:
         try:
-            with _errors(f"store {self.location}: {name}"):
+            with file_errors(f"store {self.location}: {name}"):
                 return (self._folder / check_name(name)).stat().st_size
         except FileNotFoundError:
             return None
 
     def names(self, folder: str) -> list[str]:
         try:
-            with _errors(f"store {self.location}"):
+            with file_errors(f"store {self.location}"):
                 found = [f"{folder}/{entry.name}" for entry in os.scandir(self._folder / folder)]
         except FileNotFoundError:
             return []
@@ -140,13 +140,13 @@ class LocalStore:
         self._put(name, content, _publish_over)
 
     def delete(self, name: str) -> None:
-        with _errors(f"store {self.location}: {name}"):
+        with file_errors(f"store {self.location}: {name}"):
             (self._folder / check_name(name)).unlink(missing_ok=True)
 
     def scratch(self) -> Path:
         """Folder for unfinished files, on the store's own file system; what was abandoned a day ago is removed."""
         folder = self._folder / "tmp"
-        with _errors(f"store {self.location}"):
+        with file_errors(f"store {self.location}"):
             folder.mkdir(parents=True, exist_ok=True)
             for entry in os.scandir(folder):
                 with contextlib.suppress(OSError):
@@ -160,7 +160,7 @@ class LocalStore:
             return False
         scratch = self.scratch()
         temporary = scratch / f"{os.getpid()}-{time.monotonic_ns()}"
-        with _errors(f"store {self.location}: {name}"):
+        with file_errors(f"store {self.location}: {name}"):
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with temporary.open("xb") as file:
@@ -226,8 +226,8 @@ def locked(path: Path) -> Iterator[BinaryIO | None]:
 
 
 @contextlib.contextmanager
-def _errors(what: str) -> Iterator[None]:
-    """Errors of the file system as StoreError, except for files that are not there."""
+def file_errors(what: str) -> Iterator[None]:
+    """Errors of the file system as StoreError with what to do, except for files that are not there."""
     try:
         yield
     except FileNotFoundError:

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compile.bundle import Bundle, bundle_key, canonical_json, differences, graph_key
+from compile.bundle import Bundle, FileRef, Graph, bundle_key, canonical_json, differences, digest, graph_key
 from compile.bundle_archive import export_bundle, import_bundle
 from compile.bundle_store import (
     copy_bundle,
@@ -234,15 +234,43 @@ def test_any_flipped_bit_of_a_manifest_is_found_or_harmless(place: int, bit: int
         pass
 
 
+def signed(change) -> bytes:
+    """A manifest that was changed and has the digest of what it says now."""
+    graph = Graph(BUCKETS[0], {"graph.neff": FileRef.of(b"x")})
+    values = json.loads(Bundle(FIELDS, {BUCKETS[0]: graph}, {}).to_bytes())
+    del values["sha256"]
+    change(values)
+    return json.dumps({**values, "sha256": digest(values)}).encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b'{"format": "neuron-paged bundle 1", "fields": {"a": NaN}, "sha256": ""}', "damaged"),
+        (b'{"format": "neuron-paged bundle 1", "fields": {"a": "\\ud800"}, "sha256": ""}', "damaged"),
+        (signed(lambda v: v.update(fields=[1])), "fields is list"),
+        (signed(lambda v: v.update(built="x")), "built is str"),
+        (signed(lambda v: v.pop("graphs")), "lacks a part"),
+        (
+            signed(lambda v: v["graphs"][BUCKETS[0]].update(other={**v["graphs"][BUCKETS[0]]["graph.neff"], "bytes": 9})),
+            "two sizes",
+        ),
+    ],
+)  # fmt: skip
+def test_manifests_that_nobody_here_wrote_are_one_error(content: bytes, says: str) -> None:
+    with pytest.raises(BundleError, match=says):
+        Bundle.from_bytes(content, "x")
+
+
 def test_foreign_files_are_no_bundles(store: LocalStore, tmp_path: Path) -> None:
     folder = Path(store.location, "bundles")
     folder.mkdir()
     (folder / "readme.txt").write_text("hello")
     (folder / f"{'0' * 64}.json").write_bytes(b"\xff\xfe")
     assert list_bundles(store)[0] == [] and len(list_bundles(store)[1]) == 1
-    for location in (tmp_path / "nothing", "http://example.com/x", __file__, "s3://A/b"):
+    for location in (tmp_path / "nothing", "http://example.com/x", __file__, "s3://A/b", "s3:/a/b", "S3://a"):
         with pytest.raises(StoreError, match="store"):
-            open_store(location)
+            open_store(location, create=str(location).lower().startswith(("s3", "http")))
     with pytest.raises(BundleError, match="start of a key"):
         pick_bundle(store, "../../etc")
 
@@ -354,6 +382,19 @@ def test_archives_round_trip(store: LocalStore, tmp_path: Path, name: str) -> No
         before = (tmp_path / name).read_bytes()
         export_bundle(target, bundle, tmp_path / name)
         assert (tmp_path / name).read_bytes() == before
+
+
+def test_import_makes_a_damaged_file_whole_again(store: LocalStore, tmp_path: Path) -> None:
+    bundle = publish(store)
+    export_bundle(store, bundle, tmp_path / "b.tar")
+    for path in Path(store.location, "bundles").iterdir():
+        path.unlink()
+    for path in Path(store.location, "blobs").iterdir():  # same size, other contents
+        content = bytearray(path.read_bytes())
+        content[0] ^= 1
+        path.chmod(0o644)
+        path.write_bytes(content)
+    assert verify_bundle(store, import_bundle(store, tmp_path / "b.tar")) == []
 
 
 def archive(path: Path, members: list[tuple[str, bytes | None]], manifest: bytes | None = None) -> Path:

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where torch_xla or jaxlib is missing, lowering and hlo-cpu say exactly what to install; without any work done."""
 
+import os
+import subprocess
+import sys
+import time
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,3 +47,33 @@ def test_child_has_the_pinned_environment_and_not_the_parents(monkeypatch: pytes
     done = run_child("tests.cpu.print_environment", [], environment={"PJRT_DEVICE": "CPU"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["PJRT_DEVICE=CPU", "PYTHONHASHSEED=0"]
+
+
+def test_the_child_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "waiting.py").write_text(
+        "import os, time\nfrom pathlib import Path\n"
+        "def main(arguments):\n"
+        "    Path(arguments[0]).write_text(str(os.getpid()))\n"
+        "    time.sleep(600)\n"
+    )
+    code = "import sys; from compile.child_process import run_child; run_child('waiting', sys.argv[1:])"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (tmp_path, Path(__file__).parents[2])))}
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "pid")], env=environment)
+
+    def child_runs() -> bool:
+        try:
+            pid = int((tmp_path / "pid").read_text())
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except (OSError, ValueError):
+            return False
+
+    def wait_for(state: bool) -> bool:
+        deadline = time.monotonic() + 30
+        while child_runs() is not state and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return child_runs() is state
+
+    assert wait_for(True)
+    parent.kill()
+    parent.wait(30)
+    assert wait_for(False)

@@ -278,6 +278,42 @@ def test_signals_leave_no_process_and_no_file(tmp_path: Path, number: signal.Sig
     assert list(scratch.iterdir()) == [] and not (tmp_path / "logs").exists()
 
 
+def test_a_killed_process_takes_its_compilers_and_their_helpers_along(tmp_path: Path) -> None:
+    starts = tmp_path / "starts"
+    environment = {**os.environ, "STAND_IN_STARTS": str(starts), "TMPDIR": str(tmp_path)}
+    child = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(STAND_IN), str(tmp_path / "logs")],
+        env={**environment, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+
+    def sessions() -> list[int]:
+        return [int(line.split()[0]) for line in starts.read_text().splitlines()] if starts.exists() else []
+
+    def wait_for(condition) -> bool:
+        deadline = time.monotonic() + 30
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return condition()
+
+    # Three compilers, each with its helper and the member that watches us.
+    assert wait_for(lambda: len(sessions()) == 3 and len(sessions_of(sessions())) == 9)
+    child.kill()
+    child.wait(30)
+    assert wait_for(lambda: not sessions_of(sessions()))
+
+
+def test_a_log_that_can_not_be_kept_ends_no_other_compile(compiler: Compiler, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    jobs = [job("bad", b"EVRF015"), job("good", b"SLOW")]
+    bad, good = compile_graphs(jobs, compiler, "trn2", 2, max_jobs=2, log_folder=tmp_path / "file")
+    assert "EVRF015" in bad.error and "log can't be kept" in bad.error and good.neff
+
+
+def test_a_compiler_that_can_not_be_run_is_one_error(tmp_path: Path) -> None:
+    with pytest.raises(CompileError, match="neuronx-cc can't be run: it is missing"):
+        compile_graphs([job("a")], Compiler(str(tmp_path / "neuronx-cc"), NEWEST), "trn2", 2)
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.text(max_size=40))
 def test_any_text_in_the_environment_is_flags_or_one_clear_error(text: str) -> None:
