@@ -18,6 +18,7 @@ from compile.graph_spec import TensorSpec
 from compile.hlo_cpu import for_xla_cpu, result_operand, result_places
 from compile.kernel_calls import KERNEL_TARGET, KernelCall
 from compile.lowered_graph import LoweredGraph
+from compile.process_groups import signals_held
 
 # Its client interface is private and changes; this release was tested.
 JAXLIB_VERSION = "0.7.1"
@@ -217,7 +218,8 @@ class HloCpuExecutable:
         weights: Mapping[str, Buffer],
         state: MutableMapping[str, Buffer],
     ) -> dict[str, NDArray[Any]]:
-        """Results by name. Inputs, weights and state may hold more than this graph uses.
+        """Results by name. Inputs, weights and state may hold more than this graph uses. In the main thread, Ctrl-C and
+        SIGTERM wait for the graph's end.
 
         The state is updated in place: its entries are replaced by buffers of the same memory; CompileError if XLA moved
         one. KernelError if a kernel failed; the state then holds what had been written.
@@ -225,19 +227,21 @@ class HloCpuExecutable:
         global _current
         arguments = [self._argument(p.role, p.spec, inputs, weights, state) for p in self.manifest.parameters]
         places = {number: arguments[number].unsafe_buffer_pointer() for number in self.manifest.aliases.values()}
-        with _lock:
+        # The graph takes the state's memory over: an interruption before its new buffers are kept would free it.
+        with _lock, signals_held():
             _current = run = _Run(self.manifest.kernels, self._runtime.kernels)
             try:
                 buffers = self._executable.execute(arguments)
+                for output, number in self.manifest.aliases.items():
+                    state[self.manifest.parameters[number].spec.name] = buffers[output]
                 results = [np.asarray(buffer) for buffer in buffers[: self._num_results]]
                 for buffer in buffers:
                     buffer.block_until_ready()
             finally:
                 _current = None
         for output, number in self.manifest.aliases.items():
-            name = self.manifest.parameters[number].spec.name
-            state[name] = buffers[output]
             if buffers[output].unsafe_buffer_pointer() != places[number]:
+                name = self.manifest.parameters[number].spec.name
                 raise CompileError(f"{self.manifest.name}: XLA moved {name}, which must be updated in place.")
         if run.error is not None:
             raise KernelError(f"{self.manifest.name}: kernel {run.failed} failed: {run.error}") from run.error

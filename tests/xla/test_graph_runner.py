@@ -2,6 +2,8 @@
 """Continuous batching through compiled buckets gives the eager engine's greedy output, token by token, whatever the
 traffic; nothing is compiled while serving, and what fits no bucket is finished by a counted fallback."""
 
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -113,6 +115,28 @@ def test_counters_are_engine_metrics(runners: dict[str, GraphRunner]) -> None:
         "decode_table.max_blocks_per_seq": 0, "decode_table.num_seqs": 0.5, "prefill_table.max_blocks_per_seq": 0.5,
         "prefill_table.num_seqs": 0, "prefill_table.num_tokens": 7 / 16,
     }  # fmt: skip
+
+
+def test_ctrl_c_in_a_graph_costs_its_requests_only(runners: dict[str, GraphRunner], monkeypatch) -> None:
+    """Graphs take over the memory of the caches: whatever interrupts one, the runner must keep what it gave back."""
+    runner = runners["kernels"]
+    reset(runner)
+    addresses = [cache.data_ptr() for cache in runner.kv_caches]
+    kernel, interruptions = runner.runtime.kernels["attention"], []
+
+    def interrupt(*arguments) -> None:
+        if not interruptions:
+            interruptions.append(signal.raise_signal(signal.SIGINT))
+        kernel(*arguments)
+
+    engine = LLMEngine(EngineConfig(CACHE, SCHEDULER), runner, vocab_size=300)
+    engine.add_request("a", {"prompt_token_ids": [5] * 9}, SamplingParams(temperature=0, max_tokens=3))
+    monkeypatch.setitem(runner.runtime.kernels, "attention", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    assert [output.outputs[0].finish_reason for output in engine.step()] == ["error"]
+    assert interruptions and [cache.data_ptr() for cache in runner.kv_caches] == addresses
+    assert serve(runner, TRAFFIC) == serve(ModelRunner(make_model(), CACHE), TRAFFIC)
 
 
 REQUEST = st.tuples(st.integers(0, 12), st.lists(st.integers(0, 299), min_size=1, max_size=40), st.integers(1, 20))
