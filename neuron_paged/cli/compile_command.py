@@ -25,6 +25,7 @@ from neuron_paged.env import neuron_cc_flags
 from neuron_paged.errors import GraphError, InvalidRequestError
 
 if TYPE_CHECKING:
+    from compile.bundle import Fields
     from neuron_paged.engine.bundle_builder import BuildPlan
 
 TARGETS = ("cpu", "trn1", "inf2", "trn2", "trn3")
@@ -75,21 +76,20 @@ def run(args: argparse.Namespace) -> int:
     """Settle everything, compile, report."""
     check_json_target(args.json)
     from compile.bundle import bundle_key
-    from compile.bundle_store import finished_graph
     from compile.errors import CompileError
     from compile.store import open_store
 
     try:
         plan = _plan(args)
-        store = open_store(args.store, create=not args.dry_run)
         names = [bucket.name for bucket in plan.buckets]
         print(f"bundle {bundle_key(plan.fields, names)[:12]}: {len(names)} graphs for {args.target}", file=sys.stderr)
         if args.dry_run:
-            states = {name: finished_graph(store, plan.fields, name) is not None for name in names}
+            states = _finished(args.store, plan.fields, names)
             for name, finished in states.items():
                 print(f"{name}: {'there' if finished else 'to compile'}")
             write_json(args.json, {"key": bundle_key(plan.fields, names), "fields": plan.fields, "graphs": states})
             return 0
+        store = open_store(args.store, create=True)
         progress = _Progress(len(names))
         bundle = plan.build(store, batch_size=max(args.jobs, 4), lease_s=args.lease, on_event=progress.report)
     except CompileError as error:
@@ -98,6 +98,17 @@ def run(args: argparse.Namespace) -> int:
         print(f"{store.location}: bundle {bundle.key[:12]}, {len(bundle.graphs)} graphs, {bundle.num_bytes} bytes")
     write_json(args.json, {"key": bundle.key, "fields": bundle.fields, "graphs": sorted(bundle.graphs)})
     return 0
+
+
+def _finished(location: str, fields: "Fields", names: list[str]) -> dict[str, bool]:
+    """Which graphs a store has; a folder that is yet to be made has none."""
+    from compile.bundle_store import finished_graph
+    from compile.store import open_store
+
+    if not location.startswith("s3://") and not Path(location).expanduser().exists():
+        return dict.fromkeys(names, False)
+    store = open_store(location)
+    return {name: finished_graph(store, fields, name) is not None for name in names}
 
 
 def _plan(args: argparse.Namespace) -> "BuildPlan":

@@ -19,7 +19,8 @@ from compile.source_digest import files_digest
 from neuron_paged.models.graph_plans import GraphModel
 
 _ROOT = Path(__file__).resolve().parents[2]
-# Sources that decide what a graph says: the model's step, the operators' lowering, the tracing.
+# Sources that decide what a graph says: the model's step, the operators' lowering, the tracing, what a bucket's name
+# means, how a graph's files are read and written.
 STEP_SOURCES = (
     "neuron_paged/models/{}.py",
     (
@@ -28,7 +29,13 @@ STEP_SOURCES = (
     ),  # fmt: skip
 )
 OPERATOR_SOURCES = ("neuron_paged/ops/{}.py", ("checks", "fake", "plain", "plain_planned", "planned", "schema", "xla"))
-LOWERING_SOURCES = ("compile/{}.py", ("hlo_cpu", "hlo_edit", "kernel_calls", "trace"))
+LOWERING_SOURCES = (
+    "compile/{}.py",
+    (
+        "buckets", "graph_spec", "hlo", "hlo_cpu", "hlo_edit", "hlo_sources", "kernel_calls", "lowered_graph",
+        "protobuf", "trace",
+    ),  # fmt: skip
+)
 KERNEL_SOURCES = ("nki_kernels/*.py",)
 
 

@@ -34,7 +34,7 @@ def read_trace(path: str | Path) -> list[TraceRequest]:
     with a first line that names these columns. Raises InvalidRequestError naming the line and the field.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()  # spreadsheets write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise InvalidRequestError(f"--trace: can't read {path}: {reason}.") from error
@@ -62,7 +62,7 @@ def _json_rows(path: str | Path, lines: list[tuple[int, str]]) -> Iterator[tuple
     for number, line in lines:
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidRequestError(f"--trace: {path}, line {number}: not JSON ({error}).") from None
         if not isinstance(row, dict):
             raise InvalidRequestError(f"--trace: {path}, line {number}: need an object with {', '.join(FIELDS)}.")
@@ -71,15 +71,21 @@ def _json_rows(path: str | Path, lines: list[tuple[int, str]]) -> Iterator[tuple
 
 def _csv_rows(path: str | Path, lines: list[tuple[int, str]]) -> Iterator[tuple[int, dict[str, object]]]:
     (first, header), *others = lines
-    names = [name.strip() for name in next(csv.reader([header]))]
+    names = [name.strip() for name in _cells(path, first, header)]
     missing = [name for name in FIELDS if name not in names]
     if missing:
         raise InvalidRequestError(
             f"--trace: {path}, line {first}: no column {missing[0]!r}, need a first line such as {','.join(FIELDS)}."
         )
     for number, line in others:
-        cells = next(csv.reader([line]))
-        yield number, {name: cell.strip() for name, cell in zip(names, cells, strict=False)}
+        yield number, {name: cell.strip() for name, cell in zip(names, _cells(path, number, line), strict=False)}
+
+
+def _cells(path: str | Path, number: int, line: str) -> list[str]:
+    try:
+        return next(csv.reader([line]))
+    except csv.Error as error:
+        raise InvalidRequestError(f"--trace: {path}, line {number}: not CSV ({error}).") from None
 
 
 def _request(where: str, row: dict[str, object]) -> TraceRequest:

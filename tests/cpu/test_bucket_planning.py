@@ -111,7 +111,10 @@ def test_a_written_trace_is_read_back_by_arrival(tmp_path_factory, trace: list[T
         ('{"arrival_s": NaN, "prompt_tokens": 1, "output_tokens": 1}', ["line 1", "arrival_s", "nan"]),
         ('{"arrival_s": 0, "prompt_tokens": [1], "output_tokens": 1}', ["line 1", "prompt_tokens", "[1]"]),
         ("[1, 2]", ["line 1", "need an object"]),
+        ('{"arrival_s": ' + "[" * 100_000, ["line 1", "not JSON"]),
+        ("arrival_s,prompt_tokens,output_tokens\n0," + "1" * 200_000 + ",1", ["line 2", "not CSV"]),
     ],
+    ids=lambda value: value[:40] if isinstance(value, str) else None,
 )
 def test_a_malformed_trace_names_line_and_field(tmp_path: Path, text: str, words: list[str]) -> None:
     path = tmp_path / "trace"
@@ -120,6 +123,12 @@ def test_a_malformed_trace_names_line_and_field(tmp_path: Path, text: str, words
         read_trace(path)
     for word in [str(path), *words]:
         assert word in str(caught.value), caught.value
+
+
+def test_a_trace_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_bytes(b"\xef\xbb\xbf" + f"{','.join(FIELDS)}\r\n0,5,3\r\n".encode())
+    assert read_trace(path) == [TraceRequest(0.0, 5, 3)]
 
 
 def test_sample_traces_are_those_of_the_script() -> None:

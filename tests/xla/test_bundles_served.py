@@ -134,6 +134,16 @@ def test_neuron_targets_compile_with_their_flags(
     assert {"graph.hlo", "manifest.json", "compile.log"} <= set(files)
 
 
+def test_a_dry_run_needs_no_store_and_makes_none(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compile", "--model", str(model), "--target", "cpu", "--dry-run", *SETTINGS]
+    command += ["--buckets", BUCKETS[1], "--store", str(tmp_path / "new" / "store")]
+    assert main(command) == 0
+    assert capsys.readouterr().out.splitlines() == [f"{BUCKETS[1]}: to compile"]
+    assert list(tmp_path.iterdir()) == []
+
+
 BAD = [
     (["--target", "trn2", "--compiler", "no-such-compiler"], "no such executable"),
     (["--target", "trn2", "--compiler", STAND_IN, "--compiler-flags=--no_cache"], "wrapper"),
