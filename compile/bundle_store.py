@@ -94,14 +94,14 @@ def find_bundle(store: Store, wanted: Fields, buckets: Iterable[str] = ()) -> Bu
                 "name more settings, such as num_blocks."
             )
         return min(found, key=lambda bundle: (len(bundle.graphs), bundle.key))
+    damaged = f" ({len(problems)} unreadable: {problems[0]})" if problems else ""
     if not bundles:
-        damaged = f" ({len(problems)} unreadable: {problems[0]})" if problems else ""
         raise BundleMissError(f"{store.location}: no bundle in this store{damaged}. Build it: {BUILD_COMMAND}.")
     lines, bundle = min(((misses(b, wanted, names), b) for b in bundles), key=lambda pair: (len(pair[0]), pair[1].key))
     shown = "; ".join(lines[:6]) + (f"; and {len(lines) - 6} more" if len(lines) > 6 else "")
     raise BundleMissError(
-        f"{store.location}: no bundle for these settings. The nearest, {bundle.key[:12]}, differs (there → here) in "
-        f"{shown}. Build it: {BUILD_COMMAND}."
+        f"{store.location}: no bundle for these settings{damaged}. The nearest, {bundle.key[:12]}, differs "
+        f"(there → here) in {shown}. Build it: {BUILD_COMMAND}."
     )
 
 

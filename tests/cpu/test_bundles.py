@@ -131,6 +131,17 @@ def test_a_miss_names_the_nearest_bundle_and_what_differs(store: LocalStore) -> 
     )
 
 
+def test_a_miss_names_the_bundle_that_can_not_be_read(store: LocalStore) -> None:
+    damaged, other = publish(store), publish(store, {**FIELDS, "target": "trn3"})
+    path = Path(store.location, f"bundles/{damaged.key}.json")
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content[:-20])
+    wanted = {name: value for name, value in FIELDS.items() if name != "tensor_parallel"}
+    with pytest.raises(BundleMissError, match=rf"1 unreadable: .*{damaged.key}.*nearest, {other.key[:12]}"):
+        find_bundle(store, wanted)
+
+
 def test_open_fields_and_more_buckets_are_found(store: LocalStore) -> None:
     bundle = publish(store)
     wanted = {"target": "trn2", "model": {"config": FIELDS["model"]["config"]}}
