@@ -11,11 +11,12 @@ from compile.buckets import Bucket
 class GraphStats:
     """Counters of a graph executor.
 
-    num_compiles: graphs compiled, all before the first step. runs: per bucket name. fallbacks: "larger" (a decode step
-    ran in a prefill bucket), "split" (rows in several graphs), "chunk" (a prompt chunk in several graphs), "eager"
-    (nothing fits: the model's step runs without a graph), "sampling" (tokens drawn from a graph's logits by the eager
-    sampler), "prompt_logprobs" (a step whose prompt logprobs graphs don't have, run eagerly as a whole). padding:
-    elements added per dimension of a bucket; needed: elements that were wanted.
+    num_compiles: graphs compiled, all before the first step unless "eager" or "prompt_logprobs" compiled one. runs: per
+    bucket name. fallbacks: "larger" (a decode step ran in a prefill bucket), "split" (rows in several graphs), "chunk"
+    (a prompt chunk in several graphs), "eager" (nothing fits: the model's step runs without a graph, on executors xla
+    and neuron in a graph made for it), "sampling" (tokens drawn from a graph's logits by the eager sampler),
+    "prompt_logprobs" (a step whose prompt logprobs graphs don't have, run as "eager" as a whole). padding: elements
+    added per dimension of a bucket; needed: elements that were wanted.
     """
 
     num_compiles: int = 0

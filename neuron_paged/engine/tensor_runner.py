@@ -81,7 +81,7 @@ class TensorGraphRunner(GraphChain):
             torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)).to(device.device) for spec in specs
         ]
         device.synchronise()
-        before = device.num_compiles
+        self._compiled_before = device.num_compiles  # by others of this process
         self._steps: dict[GraphBucket, CompiledStep] = {}
         for number, bucket in enumerate(buckets):
             if progress is not None:
@@ -89,12 +89,12 @@ class TensorGraphRunner(GraphChain):
             self.run_graph(bucket, self._fits.padding(bucket))
         if progress is not None:
             progress("compiling", len(buckets), len(buckets))
-        self.graph_stats.num_compiles = device.num_compiles - before
 
     def run_graph(self, bucket: GraphBucket, inputs: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
         specs = input_specs(self.graph_model, bucket)
         tensors = [torch.from_numpy(inputs[spec.name]).to(self._device.device) for spec in specs]
         step = self._steps.get(bucket)
+        is_new = step is None
         with torch.no_grad():
             if step is None:
                 module = GraphStep(self._model, self.graph_model, bucket)
@@ -102,6 +102,8 @@ class TensorGraphRunner(GraphChain):
             results = step(*tensors, *self.kv_caches)
         self._device.synchronise()
         arrays = [result.cpu().numpy() for result in results]
+        if is_new:
+            self.graph_stats.num_compiles = self._device.num_compiles - self._compiled_before
         token_ids, logits = arrays
         return {TOKEN_IDS: token_ids.astype(np.int32), LOGITS: logits}
 

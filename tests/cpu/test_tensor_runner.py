@@ -77,6 +77,7 @@ def test_what_no_bucket_holds_gets_one_of_its_own() -> None:
     expected = serve(ModelRunner(make_model(), CACHE), CACHE, SCHEDULER, traffic)
     assert serve(runner, CACHE, SCHEDULER, traffic) == expected
     assert runner.graph_stats.fallbacks["eager"] and device.num_compiles > 1
+    assert runner.graph_stats.num_compiles == device.num_compiles  # while serving, which the metrics have to show
 
 
 def test_logprobs_of_prompts_and_samples_equal_the_eager_engines() -> None:
