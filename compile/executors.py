@@ -65,6 +65,9 @@ class _Run:
         self.failed: str = ""
 
     def dispatch(self, out: int, operands: Any, config: str) -> None:
+        if config not in self.calls:  # its results would stay whatever was in their memory
+            self.error, self.failed = LookupError("the graph's manifest does not have this call"), "?"
+            return
         call = self.calls[config]
         try:
             number = result_operand(call)

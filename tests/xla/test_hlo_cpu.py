@@ -3,6 +3,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,17 @@ def test_a_failing_kernel_raises_and_keeps_the_state_usable(decode: Machine) -> 
     with pytest.raises(KernelError, match="decode_table-5x4: kernel attention failed: attention does not like this"):
         executable.run(inputs, decode.weights, state)
     assert decode.executables["kernels"].run(inputs, decode.weights, state)["sampled_token_ids"].shape == (5,)
+
+
+def test_a_call_that_the_manifest_lacks_is_an_error(decode: Machine) -> None:
+    """An executable beside another graph's manifest: its kernels would leave garbage for results."""
+    graph = decode.graphs["kernels"]
+    other = replace(graph, manifest=replace(graph.manifest, kernels={}))
+    executable = decode.runtime.load_compiled(other, decode.runtime.load(graph).serialize())
+    rng = np.random.default_rng(6)
+    inputs = decode_inputs(rng, [9, 30, 1, 0, 17], np.zeros(5, np.int32), 4) | GREEDY
+    with pytest.raises(KernelError, match="manifest does not have this call"):
+        executable.run(inputs, decode.weights, decode.state(random_caches(rng)))
 
 
 def test_wrong_ids_are_refused_by_the_kernel_instead_of_read(decode: Machine) -> None:
