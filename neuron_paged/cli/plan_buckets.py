@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from neuron_paged.config import SchedulerConfig
     from neuron_paged.planning.bucket_plan import plan_buckets, replay_traffic
     from neuron_paged.planning.device_memory import DeviceMemory, fitting_ranks
+    from neuron_paged.planning.replay import check_lengths
     from neuron_paged.planning.step_cost import step_cost
     from neuron_paged.planning.trace import read_trace
 
@@ -71,9 +72,11 @@ def run(args: argparse.Namespace) -> int:
     assert trace is not None
     rank = setup.rank(_tensor_parallel(args, setup, rows))
     memory = DeviceMemory(rank, setup.hbm_bytes)
-    memory.num_blocks(args.max_num_seqs, setup.max_model_len)  # refuses what can't fit before anything is simulated
-    cost = step_cost(rank, _teller(sys.stderr.isatty()))
+    # What can't fit is refused before anything is simulated; the replay itself may see a part of the trace only.
+    num_blocks = memory.num_blocks(args.max_num_seqs, setup.max_model_len)
     config = SchedulerConfig(args.max_num_seqs, args.max_num_batched_tokens, setup.max_model_len)
+    check_lengths(trace, config, args.block_size, num_blocks)
+    cost = step_cost(rank, _teller(sys.stderr.isatty()))
     plan = plan_buckets(replay_traffic(trace, config, memory, cost), memory, cost, args.max_graphs, args.tables)
     document = plan.document()
     if args.json != STDOUT:

@@ -56,6 +56,24 @@ class Replay:
         return sum(size * weight for size, weight in sizes) / sum(weight for _, weight in sizes) if sizes else 0.0
 
 
+def check_lengths(
+    trace: Sequence[TraceRequest], scheduler_config: SchedulerConfig, block_size: int, num_blocks: int
+) -> None:
+    """InvalidRequestError for a request that can never run. Quick: nothing is modelled."""
+    limit = _scheduler(scheduler_config, block_size, num_blocks).max_sequence_tokens
+    for number, request in enumerate(trace, 1):
+        if request.num_tokens > limit:
+            raise InvalidRequestError(
+                f"--trace: request {number} by arrival has {request.prompt_tokens} + {request.output_tokens} tokens, "
+                f"need at most {limit} (max_model_len {scheduler_config.max_model_len}, KV cache of "
+                f"{(num_blocks - 1) * block_size} tokens); raise --max-model-len, --hbm-gb or --tensor-parallel-size."
+            )
+
+
+def _scheduler(config: SchedulerConfig, block_size: int, num_blocks: int) -> Scheduler:
+    return Scheduler(config, CacheConfig(block_size, num_blocks, enable_prefix_caching=False))
+
+
 def replay(
     trace: Sequence[TraceRequest],
     scheduler_config: SchedulerConfig,
@@ -68,15 +86,8 @@ def replay(
 
     step_seconds(context_lens, chunks): what a step takes. InvalidRequestError for a request that can never run.
     """
-    scheduler = Scheduler(scheduler_config, CacheConfig(block_size, num_blocks, enable_prefix_caching=False))
-    limit = scheduler.max_sequence_tokens
-    for number, request in enumerate(trace, 1):
-        if request.num_tokens > limit:
-            raise InvalidRequestError(
-                f"--trace: request {number} by arrival has {request.prompt_tokens} + {request.output_tokens} tokens, "
-                f"need at most {limit} (max_model_len {scheduler_config.max_model_len}, KV cache of "
-                f"{(num_blocks - 1) * block_size} tokens); raise --max-model-len, --hbm-gb or --tensor-parallel-size."
-            )
+    check_lengths(trace, scheduler_config, block_size, num_blocks)
+    scheduler = _scheduler(scheduler_config, block_size, num_blocks)
     kept = _Kept(max_kept)
     wanted: dict[int, int] = {}
     clock, busy, arrived, preemptions = trace[0].arrival_s, 0.0, 0, 0

@@ -31,7 +31,14 @@ from neuron_paged.engine.scheduler import Scheduler
 from neuron_paged.engine.sequence import Sequence, SequenceStatus
 from neuron_paged.errors import ConfigError, InvalidRequestError
 from neuron_paged.models.graph_plans import GraphModel, prefill_need
-from neuron_paged.planning.bucket_plan import BucketPlan, Traffic, plan_buckets, replay_traffic, unlimited_us
+from neuron_paged.planning.bucket_plan import (
+    BucketPlan,
+    Traffic,
+    _windows,
+    plan_buckets,
+    replay_traffic,
+    unlimited_us,
+)
 from neuron_paged.planning.decoder_model import LLAMA_3_1_8B, DecoderModel
 from neuron_paged.planning.device_memory import DeviceMemory, fitting_ranks
 from neuron_paged.planning.instances import INSTANCES, core_hbm_bytes, find_instance, logical_cores
@@ -457,6 +464,17 @@ def test_the_command_writes_a_grid_and_a_picture(model: Path, tmp_path: Path, ca
     assert all(bucket.name in printed for grid in loaded.grids.values() for bucket in grid)
     assert loaded.about["decode_fold_tokens"] == 128 * 32 and loaded.about["plan"]["plan"]["loss"] >= 0
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_request_too_long_for_the_model_is_refused_even_where_the_replay_skips_it(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    trace = [TraceRequest(float(number), 10, 300) for number in range(1500)]
+    place = next(i for i in range(1500) if all(trace[i] not in window for window in _windows(trace)))
+    trace[place] = TraceRequest(float(place), 100_000, 300)
+    write_trace(tmp_path / "trace.csv", trace)
+    assert main(["plan-buckets", "--model", str(model), "--trace", str(tmp_path / "trace.csv")]) == 2
+    assert f"request {place + 1} by arrival has 100000 + 300 tokens" in capsys.readouterr().err
 
 
 def test_instance_alone_shows_what_fits(model: Path, capsys: pytest.CaptureFixture) -> None:
