@@ -34,6 +34,7 @@ lane() {
 }
 
 python="$venv/bin/python"
+two_files=(-n 2 --dist loadfile)   # at a time: most tests wait for one core, many for a process of their own
 lane ruff "$venv/bin/ruff" check .
 lane mypy "$venv/bin/mypy"
 for folder in cpu sim xla aws neuron; do
@@ -45,10 +46,9 @@ for folder in cpu sim xla aws neuron; do
         summary+=("$(printf '%-14s %s' "tests/$folder" "SKIPPED: $obstacle")")
     elif [ "$folder" = xla ]; then
         lane "$venv-xla" ensure_xla_venv "$venv-xla"
-        lane "tests/$folder" "$venv-xla/bin/python" -m pytest -q "tests/$folder"
+        lane "tests/$folder" "$venv-xla/bin/python" -m pytest -q "${two_files[@]}" "tests/$folder"
     else
-        # Two files at a time: most tests wait for one core, many for a process of their own.
-        lane "tests/$folder" "$python" -m pytest -q -n 2 --dist loadfile "tests/$folder"
+        lane "tests/$folder" "$python" -m pytest -q "${two_files[@]}" "tests/$folder"
     fi
 done
 
