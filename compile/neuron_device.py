@@ -6,7 +6,6 @@ Owns the choice by installed versions and the arguments of the calls. The entry 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Literal
 
 from compile.errors import MissingPackageError
@@ -27,17 +26,6 @@ INSTALL = (
 # torch registers the device under this name once torch_neuronx or libtorch-neuronx-lite is imported. Inputs that are
 # not on it bring every output back to the host.
 DEVICE = "neuron:0"
-
-
-def installed_versions() -> dict[str, str | None]:
-    """Versions of PACKAGES in this environment."""
-    found: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def choose_route(versions: Mapping[str, str | None]) -> Route:
@@ -130,7 +118,7 @@ class LibtorchDevice:
         """Nothing: reading a result waits for it."""
 
 
-def neuron_device(versions: Mapping[str, str | None] | None = None) -> NeuronTraceDevice | LibtorchDevice:
-    """The stack of this environment. Raises MissingPackageError."""
-    route = choose_route(installed_versions() if versions is None else versions)
+def neuron_device(versions: Mapping[str, str | None]) -> NeuronTraceDevice | LibtorchDevice:
+    """The stack of an environment with these versions of PACKAGES. Raises MissingPackageError."""
+    route = choose_route(versions)
     return NeuronTraceDevice() if route == "trace" else LibtorchDevice()

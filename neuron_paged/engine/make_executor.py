@@ -12,8 +12,9 @@ from compile.buckets import DecodeBucket, PrefillBucket
 from compile.errors import BundleMissError, CompileError
 from compile.executors import Kernel, require_jaxlib
 from compile.lower import Progress, require_torch_xla
-from compile.neuron_device import choose_route, installed_versions, neuron_device
+from compile.neuron_device import PACKAGES, choose_route, neuron_device
 from compile.xla_device import XlaDevice
+from neuron_paged.collect_env import package_versions
 from neuron_paged.config import EngineConfig, GraphConfig
 from neuron_paged.errors import ConfigError, GraphError
 
@@ -108,7 +109,7 @@ def _buckets(model: "GraphModel", config: EngineConfig, graphs: GraphConfig) -> 
 
 def _device(graphs: GraphConfig) -> "TensorDevice":
     try:
-        return XlaDevice() if graphs.executor == "xla" else neuron_device()
+        return XlaDevice() if graphs.executor == "xla" else neuron_device(package_versions(PACKAGES))
     except CompileError as error:
         raise GraphError(str(error)) from error
 
@@ -119,7 +120,7 @@ def require_graph_packages(graphs: GraphConfig) -> None:
         return
     try:
         if graphs.executor == "neuron":
-            choose_route(installed_versions())
+            choose_route(package_versions(PACKAGES))
             return
         if graphs.executor == "hlo-cpu":
             require_jaxlib()
