@@ -63,6 +63,9 @@ class CpuDecoderStack(DecoderStack):
         self._places, self._symbols, self._offsets = np.array(refs, np.int64).T.copy()
         self._values = np.zeros(layer_symbol(len(self)), np.int64)
         self._rows = {kind: [row for row, call in enumerate(calls) if call.kind == kind] for kind in Kind}
+        attention = list(zip(self._rows[Kind.ATTENTION], self.config.sliding_windows, strict=True))
+        windows = sorted(set(self.config.sliding_windows))
+        self._same_window = {window: [row for row, other in attention if other == window] for window in windows}
         start = self._blocks.ctypes.data
         table = [(call.kernel.worker, start + 8 * MAX_ARGS * row, call.kind) for row, call in enumerate(calls)]
         self._program = Program(table, len(Kind))
@@ -87,10 +90,11 @@ class CpuDecoderStack(DecoderStack):
         if num_tokens:
             with self._lock:
                 program = self._program or self._make_program()
-                self._fill(state, positions, table, inputs, kv_caches)
+                threads = num_threads()  # once: memory and threads must agree whatever others set meanwhile
+                self._fill(state, positions, table, inputs, kv_caches, threads)
                 self._check_values(positions, table, inputs, kv_caches[0])
-                self._share_out(num_tokens, inputs, kv_caches[0])
-                program.run()
+                self._share_out(num_tokens, inputs, kv_caches[0], threads)
+                program.run(threads)
         return state[:, :size]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -140,15 +144,22 @@ class CpuDecoderStack(DecoderStack):
         return (attention.k_scale, attention.v_scale) if is_fp8 else (None, None)
 
     def _fill(
-        self, state: Tensor, positions: Tensor, table: Tensor, inputs: AttentionInputs, kv_caches: list[Tensor]
+        self,
+        state: Tensor,
+        positions: Tensor,
+        table: Tensor,
+        inputs: AttentionInputs,
+        kv_caches: list[Tensor],
+        threads: int,
     ) -> None:
         """Write the argument blocks of a step, all but what planning finds."""
-        num_tokens, threads, first = state.shape[0], num_threads(), kv_caches[0]
+        num_tokens, first = state.shape[0], kv_caches[0]
         values, widths = self._values, self._widths
         arena = workspace.buffer("decoder", 4 * num_tokens * widths.arena)
-        for name, symbol in (("normed", Symbol.NORMED), ("attended", Symbol.ATTENDED), ("qkv", Symbol.QKV)):
+        places = {Symbol.NORMED: widths.hidden, Symbol.ATTENDED: widths.attended, Symbol.QKV: widths.qkv}
+        for symbol, width in places.items():
             values[symbol] = arena
-            arena += 4 * num_tokens * getattr(widths, name)
+            arena += 4 * num_tokens * width
         values[Symbol.ACTIVATED] = values[Symbol.QKV]  # Q, K and V are done with when the MLP starts
         values[Symbol.QUERY] = arena
         values[Symbol.KEY] = arena + 4 * num_tokens * widths.query
@@ -184,15 +195,13 @@ class CpuDecoderStack(DecoderStack):
             value_checks.check_slot_mapping_values(kv_cache, inputs.slot_mapping)
             raise RuntimeError("slot_mapping changed while the step was reading it.")
 
-    def _share_out(self, num_tokens: int, inputs: AttentionInputs, kv_cache: Tensor) -> None:
+    def _share_out(self, num_tokens: int, inputs: AttentionInputs, kv_cache: Tensor, threads: int) -> None:
         """Plan attention, once per window, and give its calls their memory."""
-        blocks, rows, threads = self._blocks, self._rows[Kind.ATTENTION], num_threads()
+        blocks, rows = self._blocks, self._rows[Kind.ATTENTION]
         num_seqs = inputs.block_table.shape[0]
-        windows = sorted(set(self.config.sliding_windows))
         plan_bytes = 8 * (4 * num_seqs + 1)
-        plans = workspace.buffer("plan", plan_bytes * len(windows))
-        for number, window in enumerate(windows):
-            same = [row for row, w in zip(rows, self.config.sliding_windows, strict=True) if w == window]
+        plans = workspace.buffer("plan", plan_bytes * len(self._same_window))
+        for number, (window, same) in enumerate(self._same_window.items()):
             blocks[same, Arg.PLAN] = plans + number * plan_bytes
             if kernel("attention").plan(blocks.ctypes.data + 8 * MAX_ARGS * same[0]):
                 query = kv_cache.new_empty(()).expand(num_tokens, self.config.num_heads, self.config.head_dim)

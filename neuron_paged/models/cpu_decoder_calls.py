@@ -93,7 +93,6 @@ class Widths(NamedTuple):
     """Elements per token of the buffers, whole panels where a linear layer writes. qkv: room for activations too."""
 
     hidden: int
-    normed: int
     attended: int
     qkv: int
     query: int
@@ -107,12 +106,12 @@ class Widths(NamedTuple):
         hidden = max(attention.o_proj.width, mlp.down_proj.width)
         own = attention.qkv_proj.width + query + key
         activated = mlp.gate_up_proj.width
-        return cls(hidden, hidden, query, attention.qkv_proj.width + max(0, activated - own), query, key)
+        return cls(hidden, query, attention.qkv_proj.width + max(0, activated - own), query, key)
 
     @property
     def arena(self) -> int:
         """Elements per token of all but the residual stream."""
-        return self.normed + self.attended + self.qkv + self.query + self.key
+        return self.hidden + self.attended + self.qkv + self.query + self.key
 
 
 def decoder_calls(layers: Iterable[Any], config: ModelConfig) -> list[Call]:

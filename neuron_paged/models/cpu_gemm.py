@@ -266,7 +266,8 @@ def _compile_gemm(a, code):
 
 
 @cached
-def _kernel(dtype: torch.dtype) -> Kernel:
+def gemm_kernel(dtype: torch.dtype) -> Kernel:
+    """The compiled worker for weights of this dtype; its argument block is GemmArg."""
     code = CODES[dtype]
 
     def entries(digest: int, cache: bool) -> tuple[None, Any]:
@@ -278,11 +279,6 @@ def _kernel(dtype: torch.dtype) -> Kernel:
         return None, worker
 
     return build_kernel(entries)
-
-
-def gemm_kernel(dtype: torch.dtype) -> Kernel:
-    """The compiled worker for weights of this dtype; its argument block is GemmArg."""
-    return _kernel(dtype)
 
 
 def row_pieces(rows: int) -> int:

@@ -19,7 +19,7 @@ from numba import cfunc, int64, njit, types, void
 
 from neuron_paged.ops.cpu_kernels.library import Kernel, build_kernel
 from neuron_paged.ops.cpu_kernels.memory import PART, fetch_add, get_i64, intrinsic, set_i64
-from neuron_paged.ops.cpu_kernels.openmp import num_threads, run_parallel, team_functions
+from neuron_paged.ops.cpu_kernels.openmp import run_parallel, team_functions
 from neuron_paged.ops.cpu_kernels.vector_ir import I32, I64
 
 # Places in the header; the counters that threads write lie on cache lines of their own.
@@ -134,14 +134,14 @@ class Program:
         self.cycles = np.zeros(num_kinds, np.int64)
         self.seconds = 0.0
 
-    def run(self) -> None:
-        """Run all calls on torch's threads."""
+    def run(self, threads: int) -> None:
+        """Run all calls on up to so many of torch's threads; the blocks' scratch memory must suffice for them."""
         start = time.perf_counter()
-        self._run()
+        self._run(threads)
         self.seconds += time.perf_counter() - start
 
-    def _run(self) -> None:
-        functions, threads = team_functions(), num_threads()
+    def _run(self, threads: int) -> None:
+        functions = team_functions()
         if functions is None and threads > 1:  # threads of such a pool may not wait for each other
             for worker, block in zip(self._workers, self._calls[:, 1].tolist(), strict=True):
                 run_parallel(worker, block, threads)
