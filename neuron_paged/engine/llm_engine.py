@@ -16,6 +16,7 @@ from neuron_paged.config import EngineConfig
 from neuron_paged.engine.batch import Batch, build_batch
 from neuron_paged.engine.batch_checks import check_batch
 from neuron_paged.engine.executor import Executor, StepLogprobs, StepResult
+from neuron_paged.engine.live_requests import LiveRequests
 from neuron_paged.engine.metrics import STEP_PHASES, EngineMetrics
 from neuron_paged.engine.outbox import Outbox
 from neuron_paged.engine.outputs import RequestOutput
@@ -65,8 +66,7 @@ class LLMEngine:
         self.scheduler = Scheduler(config.scheduler, config.cache)
         self.metrics = EngineMetrics(graphs=getattr(executor, "graph_stats", None))
         self._seeds = np.random.default_rng(seed)
-        self._requests: dict[str, Request] = {}
-        self._completions: dict[int, Completion] = {}  # of unfinished sequences, by seq_id
+        self._live = LiveRequests(self.metrics)
         self._tokenizer_views = {skip: make_tokenizer_view(tokenizer, skip) for skip in (False, True)}
         self._outbox = Outbox()
         self._rank_failure: str | None = None
@@ -97,7 +97,7 @@ class LLMEngine:
         outbox = self._outbox if outbox is None else outbox
         if not isinstance(request_id, str):
             raise InvalidRequestError(f"request_id: got {request_id!r}, need a string.")
-        if request_id in self._requests:
+        if request_id in self._live.by_id:
             raise InvalidRequestError(f"request_id: got {request_id!r} of an unfinished request, need a new one.")
         check_priority(priority)
         check_cache_salt(cache_salt)
@@ -138,14 +138,10 @@ class LLMEngine:
         # whose request is unknown.
         try:
             self.scheduler.add(sequence)
-            self._requests[request_id] = request
-            self._completions[sequence.seq_id] = request.completions[0]
-            self.metrics.num_requests_received += 1
-            outbox.num_unfinished += 1
+            self._live.add(request)
         except BaseException:
             self.scheduler.abort(request_id)
-            self._requests.pop(request_id, None)
-            self._completions.pop(sequence.seq_id, None)
+            self._live.forget(request)
             raise
 
     def abort_request(self, request_id: str | Iterable[str]) -> list[RequestOutput]:
@@ -154,7 +150,7 @@ class LLMEngine:
         request_ids = [request_id] if isinstance(request_id, str) else list(request_id)
         outputs = []
         for name in request_ids:
-            request = self._requests.get(name)
+            request = self._live.by_id.get(name)
             if request is not None:
                 self._end_request(request, SequenceStatus.FINISHED_ABORTED)
                 request.outbox.discard(request)
@@ -163,11 +159,11 @@ class LLMEngine:
 
     def has_unfinished_requests(self) -> bool:
         """Whether step() has anything to do or to return."""
-        return bool(self._requests) or len(self._outbox) > 0
+        return bool(self._live.by_id) or len(self._outbox) > 0
 
     @property
     def num_unfinished_requests(self) -> int:
-        return len(self._requests)
+        return len(self._live.by_id)
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
@@ -245,7 +241,7 @@ class LLMEngine:
     def _fail_not_finite(self, samples: SequenceOf[Sequence], result: StepResult) -> None:
         """End the requests whose logits were NaN or infinite."""
         for row in np.flatnonzero(result.token_ids < 0).tolist():
-            completion = self._completions.get(samples[row].seq_id)
+            completion = self._live.completions.get(samples[row].seq_id)
             if completion is not None:
                 reason = _NOT_FINITE.format(samples[row].num_tokens)
                 self._end_request(completion.request, SequenceStatus.FINISHED_ERROR, reason)
@@ -263,11 +259,11 @@ class LLMEngine:
             self._add_prompt_logprobs(batch, result.prompt_logprobs)
         if result.logprobs is not None:
             self._add_logprobs(samples, result.logprobs)
-        completions = self._completions
+        completions = self._live.completions
         now = time.perf_counter()
         for item in prefills:
             if item.num_samples and item.sequence.seq_id in completions:
-                self._note_first_token(item.sequence, now)  # before any of its samples may end it
+                self._live.note_first_token(item.sequence, now)  # before any of its samples may end it
         for sequence, token_id in zip(samples, result.token_ids.tolist(), strict=True):
             completion = completions.get(sequence.seq_id)
             if completion is None:
@@ -305,21 +301,21 @@ class LLMEngine:
 
     def _fork(self, sequence: Sequence) -> Sequence:
         """The next sample of a prompt; sequence itself if its request has failed."""
-        completion = self._completions.get(sequence.seq_id)
+        completion = self._live.completions.get(sequence.seq_id)
         if completion is None:
             return sequence
         child = self.scheduler.fork(sequence)
         state: SamplingState = sequence.sampling_params
         child.sampling_params = state.for_sample(child.sample_index)
         try:
-            self._completions[child.seq_id] = completion.request.add_completion(child)
+            self._live.completions[child.seq_id] = completion.request.add_completion(child)
         except Exception as error:
             self._fail_request(completion.request, error)
         return child
 
     def _add_logprobs(self, samples: SequenceOf[Sequence], logprobs: StepLogprobs) -> None:
         for row, *entry in zip(*(column.tolist() for column in logprobs), strict=True):
-            completion = self._completions.get(samples[row].seq_id)
+            completion = self._live.completions.get(samples[row].seq_id)
             if completion is not None:
                 try:
                     completion.add_logprobs(*entry)
@@ -330,7 +326,7 @@ class LLMEngine:
         entries = list(zip(*(column.tolist() for column in logprobs[1:]), strict=True))
         start = 0
         for part in batch.prompt_logprobs:
-            completion = self._completions.get(part.sequence.seq_id)
+            completion = self._live.completions.get(part.sequence.seq_id)
             if completion is not None:
                 try:
                     completion.request.add_prompt_logprobs(entries[start : start + part.num_rows])
@@ -348,10 +344,7 @@ class LLMEngine:
         except Exception as error:
             self._fail_request(request, error)
             return
-        del self._completions[completion.sequence.seq_id]
-        request.num_unfinished -= 1
-        if request.num_unfinished == 0:
-            self._request_ended(request)
+        self._live.completion_ended(completion)
 
     def _fail_request(self, request: Request, error: Exception) -> None:
         """Making a request's text or logprobs raised."""
@@ -361,61 +354,31 @@ class LLMEngine:
     def _end_request(self, request: Request, status: SequenceStatus, error: str | None = None) -> None:
         """End a request before its time, whatever its samples are doing."""
         self.scheduler.abort(request.request_id, status)
-        for completion in request.completions:
-            self._completions.pop(completion.sequence.seq_id, None)
-        try:
-            request.end(status, error)
-        finally:
-            self._request_ended(request)
-
-    def _request_ended(self, request: Request) -> None:
-        request.metrics.finished_time = time.perf_counter()
-        del self._requests[request.request_id]
-        request.outbox.num_unfinished -= 1
-        request.outbox.note(request)
-        self._record_finished(request)
-
-    def _note_first_token(self, sequence: Sequence, now: float) -> None:
-        """Its prompt is finished (again, if it was preempted: only the first time counts)."""
-        metrics = self._completions[sequence.seq_id].request.metrics
-        if metrics.first_token_time is None:
-            metrics.first_token_time = now
-            self.metrics.record_first_token(
-                sequence.num_prompt_tokens, sequence.num_cached_tokens, now - metrics.arrival_time
-            )
-
-    def _record_finished(self, request: Request) -> None:
-        times, status = request.metrics, request.completions[0].status
-        assert times.finished_time is not None and status is not None
-        first = times.first_token_time or times.finished_time
-        longest = max(len(c.sequence.output_token_ids) for c in request.completions)
-        self.metrics.record_finished(
-            status, longest, times.finished_time - first, times.finished_time - times.arrival_time
-        )
+        self._live.end(request, status, error)
 
     def _finish_outgrown(self, output: SchedulerOutput) -> None:
         """Sequences that the whole cache can't hold any longer end as "length"."""
         for sequence in output.finished:
-            completion = self._completions.get(sequence.seq_id)
+            completion = self._live.completions.get(sequence.seq_id)
             if completion is not None:
                 self._finish(completion, sequence.status)
 
     def _end_failed(self, output: SchedulerOutput | None, reason: str) -> list[Request]:
         """End the requests of a step whose execution failed (None: all, on a new scheduler), and say which."""
-        before = list(self._requests.values())
+        before = list(self._live.by_id.values())
         try:
             if output is None:
                 raise RuntimeError("interrupted between two consistent states")
             for sequence in self.scheduler.fail(output):
-                if sequence.request_id in self._requests:  # not ended by a sample of the same prompt
-                    self._end_request(self._requests[sequence.request_id], SequenceStatus.FINISHED_ERROR, reason)
+                if sequence.request_id in self._live.by_id:  # not ended by a sample of the same prompt
+                    self._end_request(self._live.by_id[sequence.request_id], SequenceStatus.FINISHED_ERROR, reason)
         except BaseException:
             # What was interrupted can't be told, so nothing of the scheduler's state is kept.
             self.scheduler = Scheduler(self.config.scheduler, self.config.cache)
-            self._completions.clear()
-            for request in list(self._requests.values()):
+            self._live.completions.clear()
+            for request in list(self._live.by_id.values()):
                 self._end_request(request, SequenceStatus.FINISHED_ERROR, reason)
-        return [request for request in before if request.request_id not in self._requests]
+        return [request for request in before if request.request_id not in self._live.by_id]
 
     # -- parameters ---------------------------------------------------------------------------------------------------
 

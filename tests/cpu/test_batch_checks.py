@@ -101,7 +101,7 @@ def test_the_engine_stops_before_the_executor_sees_a_wrong_batch():
     engine.add_request("a", [1] * 10, SamplingParams(max_tokens=9))
     engine.step()
     tables = engine.scheduler.kv_cache.block_tables
-    tables.rows[engine._requests["a"].leader.row, 0] = 0
+    tables.rows[engine._live.by_id["a"].leader.row, 0] = 0
     with pytest.raises(StepError, match="IntegrityError: batch: block_table has .0., need 1 to 19"):
         engine.step()
     assert engine.executor.num_calls == 1 and not engine.has_unfinished_requests()

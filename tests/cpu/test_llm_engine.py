@@ -455,7 +455,7 @@ def test_inconsistent_state_ends_all_requests_with_a_step_error(tokenizer):
     engine.add_request("b", [3, 4], SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
     engine.step()
     engine.tokenizer.token_id = 1  # and no text can be made on the way out
-    leader = engine._requests["a"].leader
+    leader = engine._live.by_id["a"].leader
     leader.num_computed_tokens = leader.num_tokens  # no token left to compute, which never happens
     with pytest.raises(StepError, match="no token to compute.*It ended 2 requests") as caught:
         engine.step()
