@@ -144,7 +144,7 @@ class GraphConfig:
 
 
 def check_tensor_parallel_size(size: object, graphs: GraphConfig) -> None:
-    """ConfigError unless it is a number of ranks; which of them a model allows is known to models.tensor_parallel."""
+    """ConfigError unless it is a number of ranks; which of them a model allows is known to models.rank_heads."""
     _need_int("LLM", "tensor_parallel_size", size, 1)
     if size != 1 and graphs.executor != "eager":
         raise ConfigError(

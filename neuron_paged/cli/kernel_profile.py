@@ -12,6 +12,7 @@ from neuron_paged.cli.kernel_files import describe_failure
 from neuron_paged.cli.kernel_run import modelled_figures
 from neuron_paged.cli.output import STDOUT, write_file, write_json
 from neuron_paged.errors import InvalidRequestError
+from neuron_paged.models.rank_heads import rank_heads, supported_sizes
 from neuron_paged.planning.decoder_model import LLAMA_3_1_8B, MATMUL_WEIGHTS, MAX_GRAPH_INSTRUCTIONS
 from nki_kernels.estimates import decode_estimate
 from nki_kernels.hardware import generation
@@ -218,15 +219,15 @@ def _graph(num_instructions: int, num_heads: int) -> dict[str, Any]:
     """Instructions of a whole decode step of Llama-3.1-8B with this call in every layer."""
     model = LLAMA_3_1_8B
     attention = model.num_layers * num_instructions
-    ranks, rest = divmod(model.num_heads, num_heads)
-    linear = None if rest else -(-model.rank_weights(ranks) // MATMUL_WEIGHTS)
+    ranks = next((size for size in supported_sizes(model) if rank_heads(model, size)[0] == num_heads), None)
+    linear = None if ranks is None else -(-model.rank_weights(ranks) // MATMUL_WEIGHTS)
     return {
         "model": model.name,
         "num_layers": model.num_layers,
         "attention_instructions": attention,
         "max_instructions": MAX_GRAPH_INSTRUCTIONS,
         "attention_fraction": attention / MAX_GRAPH_INSTRUCTIONS,
-        "tensor_parallel": None if rest else ranks,
+        "tensor_parallel": ranks,
         "linear_matmuls_at_least": linear,
     }
 

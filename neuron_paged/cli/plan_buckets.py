@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     setup = _Setup(args)
     rows = None
     if setup.instance is not None:
-        rows = fitting_ranks(setup.rank, setup.num_logical_cores, setup.hbm_bytes, setup.max_model_len)
+        rows = fitting_ranks(setup.model, setup.rank, setup.num_logical_cores, setup.hbm_bytes, setup.max_model_len)
         if trace is None and args.json != STDOUT:
             print(fits_report(setup.describe(), rows))
         if trace is None:

@@ -28,7 +28,7 @@ from neuron_paged.engine.graph_source import lower_buckets
 from neuron_paged.errors import ConfigError
 from neuron_paged.models.graph_plans import GraphModel
 from neuron_paged.models.loader import read_config
-from neuron_paged.models.tensor_parallel import check_tensor_parallel_size
+from neuron_paged.models.rank_heads import check_tensor_parallel_size
 from nki_kernels.layout import KVCacheLayout
 
 # The number of KV blocks is part of every graph, so it must not depend on the machine that compiles.

@@ -18,8 +18,9 @@ from neuron_paged.models.collectives import RankGroup
 from neuron_paged.models.graph_plans import GraphModel
 from neuron_paged.models.inputs import AttentionInputs, AttentionPlan, PlannedInputs
 from neuron_paged.models.llama import LlamaModel
+from neuron_paged.models.rank_heads import check_tensor_parallel_size
 from neuron_paged.models.sampler import SamplingColumns, SamplingTensors
-from neuron_paged.models.tensor_parallel import Shard, check_tensor_parallel_size, join_ranks, model_step
+from neuron_paged.models.tensor_parallel import Shard, join_ranks, model_step
 from nki_kernels.layout import KVCacheLayout
 
 GraphBucket = DecodeBucket | PrefillBucket | DecodeTableBucket | PrefillTableBucket

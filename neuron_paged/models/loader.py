@@ -32,8 +32,9 @@ from neuron_paged.models.gguf_weights import GGUFSource, gguf_config
 from neuron_paged.models.kv_scales import load_kv_scales
 from neuron_paged.models.llama import LlamaModel
 from neuron_paged.models.prepare_cpu import peak_memory_bytes, prepare_for_cpu
+from neuron_paged.models.rank_heads import check_tensor_parallel_size
 from neuron_paged.models.registry import Family, find_family, normalise_config
-from neuron_paged.models.tensor_parallel import Shard, check_tensor_parallel_size, join_ranks
+from neuron_paged.models.tensor_parallel import Shard, join_ranks
 from neuron_paged.models.weights import SafetensorsSource, TensorSource, check_names, load_weights
 
 if TYPE_CHECKING:

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neuron_paged.errors import ConfigError
 from neuron_paged.models.collectives import RankGroup
 from neuron_paged.models.config import ModelConfig
 from neuron_paged.models.inputs import AttentionInputs
 from neuron_paged.models.layers import Device, Embedding
 from neuron_paged.models.linear import Linear
 from neuron_paged.models.llama import LlamaModel
+from neuron_paged.models.rank_heads import rank_heads
 from neuron_paged.models.sampler import SamplerOutput, SamplingTensors, argmax
 from neuron_paged.models.step import ModelStep, prompt_parts
 from neuron_paged.models.weights import TensorPart
@@ -27,24 +27,6 @@ from neuron_paged.models.weights import TensorPart
 # Finite, so that they survive a multiplication by zero.
 _LARGEST = torch.finfo(torch.float32).max
 _EXCLUDED = torch.finfo(torch.float32).min
-
-
-def supported_sizes(config: ModelConfig) -> list[int]:
-    """Numbers of ranks among which the heads of a model can be divided."""
-    heads, kv_heads = config.num_heads, config.num_kv_heads
-    return [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
-
-
-def check_tensor_parallel_size(size: int, config: ModelConfig) -> None:
-    """ConfigError unless a model of these heads runs on `size` ranks. Names the sizes that work."""
-    sizes = supported_sizes(config)
-    if size not in sizes:
-        nearest = min(sizes, key=lambda n: (abs(n - size), -n))
-        raise ConfigError(
-            f"tensor_parallel_size: got {size} for a model of {config.num_heads} heads and {config.num_kv_heads} KV "
-            f"heads, need one of {', '.join(map(str, sizes))} (whole heads per rank, KV heads divided or repeated "
-            f"evenly); the nearest is {nearest}."
-        )
 
 
 @dataclass(frozen=True)
@@ -63,18 +45,18 @@ class Shard:
     @property
     def kv_heads(self) -> slice:
         """This rank's KV heads among the model's; with more ranks than KV heads, neighbours hold the same one."""
-        count = self.config.num_kv_heads
-        per_rank, sharing = max(1, count // self.size), max(1, self.size // count)
+        per_rank, sharing = rank_heads(self.config, self.size)[1], max(1, self.size // self.config.num_kv_heads)
         start = self.rank // sharing * per_rank
         return slice(start, start + per_rank)
 
     @property
     def rank_config(self) -> ModelConfig:
         """Sizes of the rank's modules; vocab_size stays the model's, as hidden_size does."""
+        heads, kv_heads = rank_heads(self.config, self.size)
         return replace(
             self.config,
-            num_heads=self.config.num_heads // self.size,
-            num_kv_heads=self.kv_heads.stop - self.kv_heads.start,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
             intermediate_size=-(-self.config.intermediate_size // self.size),
         )
 
@@ -103,7 +85,7 @@ class Shard:
             return (slice(0, 0),)  # added once
         rank = self.rank
         if name.rpartition(".")[0].endswith((".k_proj", ".v_proj")):
-            rank = self.kv_heads.start // (self.kv_heads.stop - self.kv_heads.start)
+            rank = self.kv_heads.start // rank_heads(self.config, self.size)[1]
         starts = [rank * size if size != full else 0 for size, full in zip(own, whole, strict=True)]
         return tuple(
             slice(min(start, full), min(start + size, full))

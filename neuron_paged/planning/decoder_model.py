@@ -4,6 +4,7 @@
 from dataclasses import dataclass
 
 from neuron_paged.models.config import ModelConfig
+from neuron_paged.models.rank_heads import rank_heads
 
 MAX_GRAPH_INSTRUCTIONS = 5_000_000  # per graph, NCC_EBVF030 of neuronx-cc, [measured, third party]
 MATMUL_WEIGHTS = 128 * 512  # most weights of one matmul instruction as the moving operand
@@ -22,15 +23,9 @@ class DecoderModel:
     head_dim: int
     vocab_size: int
 
-    def rank_heads(self, tensor_parallel: int) -> tuple[int, int]:
-        """(num_heads, num_kv_heads) of a rank. Where they don't divide, KV heads are replicated, query heads padded."""
-        kv_heads = -(-self.num_kv_heads // tensor_parallel)
-        ranks_per_kv_head = max(1, tensor_parallel // self.num_kv_heads)
-        return kv_heads * -(-self.num_heads // self.num_kv_heads // ranks_per_kv_head), kv_heads
-
     def rank_weights(self, tensor_parallel: int) -> int:
         """Weights of the linear layers that one rank reads per step, output head included."""
-        heads, kv_heads = self.rank_heads(tensor_parallel)
+        heads, kv_heads = rank_heads(self, tensor_parallel)
         attention = 2 * self.hidden_size * self.head_dim * (heads + kv_heads)
         mlp = 3 * self.hidden_size * -(-self.intermediate_size // tensor_parallel)
         return self.num_layers * (attention + mlp) + self.hidden_size * -(-self.vocab_size // tensor_parallel)

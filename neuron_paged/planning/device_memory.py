@@ -12,6 +12,8 @@ from typing import Any
 from compile.buckets import Bucket
 from neuron_paged.errors import ConfigError
 from neuron_paged.memory import size_text
+from neuron_paged.models.rank_heads import supported_sizes
+from neuron_paged.planning.decoder_model import DecoderModel
 from neuron_paged.planning.instances import GIB
 from neuron_paged.planning.rank import ITEMSIZE, Rank
 from neuron_paged.planning.step_cost import StepCost
@@ -95,18 +97,23 @@ class DeviceMemory:
         return uses | {"total": sum(uses.values()), "hbm": self.hbm_bytes}
 
 
-def fitting_ranks(make: Callable[[int], Rank], limit: int, hbm_bytes: int, max_model_len: int) -> list[dict[str, Any]]:
-    """Tensor-parallel sizes 1, 2, 4, … up to `limit`: what a rank's weights take and the tokens its KV cache has.
+def fitting_ranks(
+    model: DecoderModel, make: Callable[[int], Rank], limit: int, hbm_bytes: int, max_model_len: int
+) -> list[dict[str, Any]]:
+    """Tensor-parallel sizes that the model takes, up to `limit`: what a rank's weights take and its KV cache's tokens.
 
-    make(size): the rank; sizes it refuses are left out. "fits": at least one sequence of max_model_len tokens runs.
+    make(size): the rank; sizes whose ranks kernels don't take are left out. "fits": at least one sequence of
+    max_model_len tokens runs. Raises ConfigError if kernels take none.
     """
     rows = []
-    size = 1
-    while size <= limit:
+    refused: ConfigError | None = None
+    for size in supported_sizes(model):
+        if size > limit:
+            break
         try:
             rank = make(size)
-        except ConfigError:
-            size *= 2
+        except ConfigError as error:
+            refused = error
             continue
         memory = DeviceMemory(rank, hbm_bytes)
         free = hbm_bytes - memory.weight_bytes - memory.graph_bytes - RUNTIME_BYTES
@@ -115,5 +122,6 @@ def fitting_ranks(make: Callable[[int], Rank], limit: int, hbm_bytes: int, max_m
             {"tensor_parallel_size": size, "weight_bytes": memory.weight_bytes, "kv_tokens": tokens,
              "fits": tokens >= max_model_len}
         )  # fmt: skip
-        size *= 2
+    if refused is not None and not rows:
+        raise refused
     return rows

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from compile.buckets import Bucket, DecodeBucket, DecodeTableBucket, PrefillBucket, PrefillTableBucket
 from neuron_paged.errors import ConfigError
+from neuron_paged.models.rank_heads import check_tensor_parallel_size, rank_heads
 from neuron_paged.planning.decoder_model import DecoderModel
 from neuron_paged.planning.replay import Chunk
 from nki_kernels.decode_support import DecodeProblem
@@ -52,11 +53,7 @@ class Rank:
                 f"--lnc: got {self.num_cores}, {self.target} has logical cores of "
                 f"{'1 NeuronCore only' if most == 1 else f'1 or {most} NeuronCores'}."
             )
-        if not 1 <= self.tensor_parallel <= self.model.num_heads:
-            raise ConfigError(
-                f"--tensor-parallel-size: got {self.tensor_parallel}, need 1 to {self.model.num_heads}, the query "
-                f"heads of {self.model.name}."
-            )
+        check_tensor_parallel_size(self.tensor_parallel, self.model)
         if problems := self.problem.unsupported():
             raise ConfigError(f"--model: the decode kernel does not take {self.model.name}: {' '.join(problems)}")
         try:
@@ -67,7 +64,7 @@ class Rank:
     @cached_property
     def heads(self) -> tuple[int, int]:
         """(num_heads, num_kv_heads) of the rank."""
-        return self.model.rank_heads(self.tensor_parallel)
+        return rank_heads(self.model, self.tensor_parallel)
 
     @cached_property
     def problem(self) -> DecodeProblem:

@@ -31,6 +31,7 @@ from neuron_paged.engine.scheduler import Scheduler
 from neuron_paged.engine.sequence import Sequence, SequenceStatus
 from neuron_paged.errors import ConfigError, InvalidRequestError
 from neuron_paged.models.graph_plans import GraphModel, prefill_need
+from neuron_paged.models.rank_heads import supported_sizes
 from neuron_paged.planning.bucket_plan import (
     BucketPlan,
     Traffic,
@@ -230,7 +231,7 @@ def test_a_chunk_fits_its_need(num_tokens: int, past: int) -> None:
     [
         (("trn9",), "--target: got 'trn9', need one of inf2, trn1, trn2, trn3"),
         (("trn1", 1, 2), "--lnc: got 2, trn1 has logical cores of 1 NeuronCore only"),
-        (("trn2", 33), "--tensor-parallel-size: got 33, need 1 to 32"),
+        (("trn2", 6), "tensor_parallel_size: got 6 for a model of 32 heads and 8 KV heads, need one of 1, 2, 4, 8, 16"),
         (("trn2", 8, 1, 24), "--model: the decode kernel does not take Llama-3.1-8B: block_size: got 24"),
     ],
 )
@@ -276,8 +277,17 @@ def test_instances_and_what_fits_them() -> None:
     assert find_instance("ml.inf2.xlarge").name == "inf2.xlarge"
     with pytest.raises(ConfigError, match="--instance: got 'p5.48xlarge', need one of inf2.xlarge"):
         find_instance("p5.48xlarge")
-    rows = fitting_ranks(lambda size: Rank(LLAMA_3_1_8B, "inf2", size, block_size=16), 2, 16 * 2**30, 8192)
+    llama = LLAMA_3_1_8B
+    rows = fitting_ranks(llama, lambda size: Rank(llama, "inf2", size, block_size=16), 2, 16 * 2**30, 8192)
     assert [(row["tensor_parallel_size"], row["fits"]) for row in rows] == [(1, False), (2, True)]
+
+
+def test_sizes_offered_are_those_that_the_engine_runs() -> None:
+    odd = DecoderModel("odd", 30, 576, 1536, 9, 3, 64, 49152)
+    rows = fitting_ranks(odd, lambda size: Rank(odd, "trn1", size), 32, 16 * 2**30, 8192)
+    assert [row["tensor_parallel_size"] for row in rows] == [1, 3, 9] == supported_sizes(odd)
+    with pytest.raises(ConfigError, match="got 2 for a model of 9 heads and 3 KV heads, need one of 1, 3, 9"):
+        Rank(odd, "trn1", 2)
 
 
 def test_memory_that_holds_no_sequence_is_refused(cost: StepCost) -> None:

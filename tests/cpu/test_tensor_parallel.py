@@ -23,8 +23,9 @@ from neuron_paged.models.gguf_file import GGUFTensor
 from neuron_paged.models.kv_scales import calibrate_kv_scales
 from neuron_paged.models.llama import LlamaModel
 from neuron_paged.models.loader import RankTask, load_rank
+from neuron_paged.models.rank_heads import check_tensor_parallel_size, supported_sizes
 from neuron_paged.models.sampler import argmax
-from neuron_paged.models.tensor_parallel import Shard, VocabParallelHead, check_tensor_parallel_size, supported_sizes
+from neuron_paged.models.tensor_parallel import Shard, VocabParallelHead
 from neuron_paged.models.weights import SafetensorsSource, TensorPart, load_weights
 from tests.cpu.test_models import CONFIGS, make_reference, paged_logits
 from tests.cpu.test_weights_gguf import write_gguf

@@ -16,6 +16,7 @@ from neuron_paged.bench.nki_library import library_source, run_attention_tkg
 from neuron_paged.cli import main
 from neuron_paged.cli.kernel_profile import _runs
 from neuron_paged.cli.kernels import lengths
+from neuron_paged.models.rank_heads import rank_heads, supported_sizes
 from nki_kernels import prefill_estimates
 from nki_kernels.estimates import decode_estimate
 from nki_kernels.prefill_estimates import (
@@ -187,11 +188,13 @@ def test_lengths_read_what_is_printed(lens: list[int]) -> None:
 
 
 def test_what_a_rank_holds_of_a_model() -> None:
-    assert [LLAMA_3_1_8B.rank_heads(ranks) for ranks in (1, 2, 8, 24)] == [(32, 8), (16, 4), (4, 1), (2, 1)]
+    assert [rank_heads(LLAMA_3_1_8B, size) for size in supported_sizes(LLAMA_3_1_8B)] == [
+        (32, 8), (16, 4), (8, 2), (4, 1), (2, 1), (1, 1)
+    ]  # fmt: skip
     norms, embedding = (2 * 32 + 1) * 4096, 128256 * 4096
     assert LLAMA_3_1_8B.rank_weights(1) == 8_030_261_248 - norms - embedding
     assert LLAMA_3_1_8B.rank_weights(8) * 8 == LLAMA_3_1_8B.rank_weights(1)
-    assert LLAMA_3_1_8B.rank_weights(24) * 24 > LLAMA_3_1_8B.rank_weights(1)  # padded heads
+    assert LLAMA_3_1_8B.rank_weights(16) * 16 > LLAMA_3_1_8B.rank_weights(1)  # KV heads are repeated
     norms = 28 * (2 * 1024 + 2 * 128) + 1024
     assert QWEN3_0_6B.rank_weights(1) == 596_049_920 - norms  # the embedding is the output head
 
