@@ -577,11 +577,11 @@ def test_requests_without_seed_draw_different_ones():
     engine = make_engine()
     for i in range(3):
         engine.add_request(str(i), [1, 2])
-    seeds = [r.leader.sampling_params.seed for r in engine._requests.values()]
+    seeds = [r.leader.sampling_params.seed for r in engine._live.by_id.values()]
     other = make_engine()
     other.add_request("0", [1, 2])
     assert len(set(seeds)) == 3
-    assert other._requests["0"].leader.sampling_params.seed == seeds[0]
+    assert other._live.by_id["0"].leader.sampling_params.seed == seeds[0]
 
 
 @settings(max_examples=40, deadline=None)
