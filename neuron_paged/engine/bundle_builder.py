@@ -5,7 +5,7 @@ import platform
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -152,7 +152,7 @@ def plan_build(
     fields, backend = _backend(graph_model, target, with_kernels, settings)
     require_torch_xla(python)
     built = {
-        "at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "by": f"neuron-paged {__version__}, python {platform.python_version()}",
         "on": socket.gethostname(),
         "model": str(model),

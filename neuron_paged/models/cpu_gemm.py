@@ -4,7 +4,8 @@
 Weights are packed into panels of PANEL outputs, [num_panels, in_features, PANEL]: every load is a full vector, and
 memory is read once in order. Threads take (panel, rows) pairs from a counter. Measured on CPU (2 threads, ms for all
 120 linear layers of SmolLM2-135M's body plus its head; oneDNN prepacked linears → fp32 weights → bf16 weights), with
-slices of 1024 inputs; slices of 256, as now, differ by less than the machines' noise:
+slices of 1024 inputs and before weights were fetched ahead of their use (slices of 256, as now, differ by less than the
+machines' noise):
 
     tokens      AVX-512                           AVX2 (same machine, the others' instructions switched off)
     1           21.4 + 4.7 → 16.4 + 3.8 →  9.0 + 1.9        22.1 + 5.1 → 16.2 + 4.0 → 10.6 + 2.4
