@@ -135,7 +135,7 @@ class Build:
                 if batch:
                     self._compile(batch, graphs, failures)
                 elif len(graphs) + len(failures) < len(self.buckets):
-                    self.on_event("waiting", "", f"{len(self.buckets) - len(graphs)} graphs are compiled by others")
+                    self.on_event("waiting", "", self._awaited([b for b in missing if b not in graphs]))
                     time.sleep(self.wait_s)
         finally:
             self.claims.release_all()
@@ -149,6 +149,18 @@ class Build:
         bundle = Bundle(self.fields, graphs, self.built)
         publish_bundle(self.store, bundle)
         return bundle
+
+    def _awaited(self, buckets: Sequence[str]) -> str:
+        """What others compile, who they are, and when their claims end."""
+        holders = [holder for b in buckets if (holder := self.claims.holder(graph_key(self.fields, b))) is not None]
+        shown = ", ".join(buckets[:3]) + (", …" if len(buckets) > 3 else "")
+        text = f"{shown}: {len(buckets)} graphs are compiled by others"
+        if not holders:
+            return text
+        owners = sorted({holder.owner for holder in holders})
+        named = ", ".join(owners[:2]) + (f" and {len(owners) - 2} more" if len(owners) > 2 else "")
+        left_s = max(holder.seconds_left for holder in holders)
+        return f"{text} ({named}); taken over in {left_s:.0f} s at the latest unless they go on"
 
     def _claim(self, buckets: Sequence[str]) -> list[str]:
         """Up to batch_size of the buckets, claimed and still missing."""

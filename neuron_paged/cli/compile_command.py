@@ -8,6 +8,7 @@ cpu: graphs run on this machine's kind of CPU (`generate --bundle STORE`). trn1,
 
 import argparse
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from compile.bundle import Fields
     from neuron_paged.engine.bundle_builder import BuildPlan
 
+WAIT_LINE_S = 30.0  # between two lines that say what is waited for
 TARGETS = ("cpu", "trn1", "inf2", "trn2", "trn3")
 
 
@@ -155,15 +157,15 @@ class _Progress:
     """A line per graph on standard error."""
 
     def __init__(self, total: int) -> None:
-        self._total, self._done, self._waiting = total, 0, False
+        self._total, self._done, self._next_wait_line = total, 0, 0.0
 
     def report(self, event: str, bucket: str, text: str) -> None:
         if event == "waiting":
-            if not self._waiting:
+            if time.monotonic() >= self._next_wait_line:
                 print(f"waiting: {text}", file=sys.stderr, flush=True)
-            self._waiting = True
+                self._next_wait_line = time.monotonic() + WAIT_LINE_S
             return
-        self._waiting = False
+        self._next_wait_line = 0.0
         self._done += 1
         note = f": {text}" if text else ""
         print(f"[{self._done}/{self._total}] {bucket} {event}{note}", file=sys.stderr, flush=True)

@@ -32,10 +32,15 @@ from compile.bundle_store import (
 )
 from compile.claims import Claims
 from compile.errors import BundleError, BundleMissError, StoreError
+from compile.process_identity import is_known_dead
 from compile.store import LocalStore, open_store
 from tests.cpu.bundle_samples import BUCKETS, FIELDS, graph_files, publish
 
 ROOT = Path(__file__).resolve().parents[2]
+PRINT_IDENTITY = (
+    "import json, time; from compile.process_identity import own_identity;"
+    "print(json.dumps(own_identity()), flush=True); time.sleep(60)"
+)
 
 
 @pytest.fixture
@@ -373,6 +378,47 @@ def test_claims_are_exclusive_until_they_run_out(store: LocalStore) -> None:
     assert store.names("claims") == [] and first.take(key)
     first.release_all()
     assert store.names("claims") == []
+
+
+def test_a_claim_from_a_clock_far_ahead_counts_for_one_lease(store: LocalStore) -> None:
+    now, key = 1000.0, graph_key(FIELDS, "b")
+    ahead, ours = Claims(store, lease_s=60, clock=lambda: now + 10**6), Claims(store, lease_s=600, clock=lambda: now)
+    assert ahead.take(key) and not ours.take(key)
+    now += 50
+    ahead.renew()  # it lives: another lease from here
+    assert not ours.take(key)
+    holder = ours.holder(key)
+    assert holder is not None and holder.owner == ahead.owner and holder.seconds_left == 60
+    now += 59
+    assert not ours.take(key)
+    now += 1
+    assert ours.take(key)
+
+
+def test_claims_of_ended_processes_of_this_host_are_void_others_are_not(store: LocalStore) -> None:
+    child = subprocess.Popen([sys.executable, "-c", PRINT_IDENTITY], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    identity = json.loads(child.stdout.readline())
+    key = graph_key(FIELDS, "b")
+
+    def is_free(process: object) -> bool:
+        claim = {"owner": "x", "expires": time.time() + 600, "lease_s": 600, "process": process}
+        store.replace(f"claims/{key}.0.json", json.dumps(claim).encode())
+        claims = Claims(store)
+        taken = claims.take(key)
+        claims.release_all()
+        return taken
+
+    assert not is_free(identity)
+    assert is_free({**identity, "started": identity["started"] - 1})  # its pid was given to another process
+    child.kill()
+    while not is_known_dead(identity):  # also as a zombie, before anybody waits for it
+        time.sleep(0.01)
+    assert is_free(identity)
+    child.wait()
+    assert is_free(identity)
+    for foreign in ({**identity, "boot": "another"}, {**identity, "pid_namespace": "pid:[1]"}, None, "x", {}):
+        assert not is_free(foreign)
 
 
 # --- archives --------------------------------------------------------------------------------------------------------
