@@ -57,7 +57,9 @@ def _planned_decode(model: GraphModel, limits: SchedulerConfig, seqs: Sequence[i
         sizes += [(folds, n) for folds in ladder(1, n * full, growth=_CONTEXT_GROWTH)] if full else []
         for full_folds, mixed_folds in sizes:
             bucket = DecodeBucket(n, full_folds, mixed_folds, shared)
-            if not problem.unsupported() and problem.sbuf_bytes(decode_shape(bucket)) <= problem.sbuf_budget_bytes:
+            if problem.unsupported():
+                continue
+            if problem.sbuf_bytes(decode_shape(model, bucket)) <= problem.sbuf_budget_bytes:
                 found[bucket] = None
     return list(found) or [DecodeBucket(1, full, 1, 1)]
 

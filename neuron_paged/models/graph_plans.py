@@ -29,7 +29,7 @@ class GraphModel(NamedTuple):
     config: the model. dtype: of weights and activations, torch's name without "torch.". max_positions: rows of the
     rotary table. block_size, num_blocks, kv_cache_dtype: the caches' shape and dtype, one shape for all buckets.
     tensor_parallel_size: ranks that share the model. One graph serves them all: what tells a rank from another are its
-    weights and buffers. target: whose kernels plans are made for.
+    weights and buffers. target, num_cores: whose kernels plans are made for, and how many NeuronCores share them (LNC).
     """
 
     config: ModelConfig
@@ -40,6 +40,7 @@ class GraphModel(NamedTuple):
     kv_cache_dtype: str
     tensor_parallel_size: int = 1
     target: str = "trn2"
+    num_cores: int = 1
 
     @property
     def rank_config(self) -> ModelConfig:
@@ -57,7 +58,7 @@ class GraphModel(NamedTuple):
         rank = self.rank_config
         return DecodeProblem(
             self.target, rank.num_heads, rank.num_kv_heads, rank.head_dim, self.block_size, self.dtype,
-            self.kv_cache_dtype,
+            self.kv_cache_dtype, num_cores=self.num_cores,
         )  # fmt: skip
 
     @property
@@ -66,15 +67,21 @@ class GraphModel(NamedTuple):
         return self.tensor_parallel_size > 1
 
 
-def decode_shape(bucket: DecodeBucket) -> PlanShape:
-    """The kernel's bucket."""
-    return PlanShape(bucket.num_seqs, bucket.full_folds, bucket.mixed_folds, bucket.seqs_per_fold)
+def decode_shape(model: GraphModel, bucket: DecodeBucket) -> PlanShape:
+    """The kernel's bucket. Cores that share a KV head share its folds, so their numbers become even."""
+    shape = PlanShape(
+        bucket.num_seqs, bucket.full_folds, bucket.mixed_folds, bucket.seqs_per_fold, num_cores=model.num_cores
+    )
+    return shape.even() if shape.fold_shards(model.rank_config.num_kv_heads) > 1 else shape
 
 
 def prefill_shape(model: GraphModel, bucket: PrefillBucket) -> prefill_plan.PrefillBucket:
-    """The kernel's bucket: one segment that holds all tokens and folds, so one sequence per step."""
+    """The kernel's bucket: one segment that holds all tokens and folds, so one sequence per step. Cores that share a KV
+    head share its Q tiles, so their number divides."""
     row_tokens = min(ROW_TOKENS[-1], model.block_size)
     q_tiles = -(-bucket.num_tokens // NUM_PARTITIONS)
+    if model.rank_config.num_kv_heads % model.num_cores:
+        q_tiles = -(-q_tiles // model.num_cores) * model.num_cores
     return prefill_plan.PrefillBucket(((q_tiles, max(bucket.num_folds, -(-q_tiles // row_tokens)), 0),), row_tokens)
 
 
@@ -82,20 +89,20 @@ def plan_shape(model: GraphModel, bucket: DecodeBucket | PrefillBucket) -> tuple
     """The operator's plan_shape."""
     if isinstance(bucket, PrefillBucket):
         return prefill_shape(model, bucket).plan_shape
-    return decode_shape(bucket).plan_shape(model.decode_problem.slab_tokens)
+    return decode_shape(model, bucket).plan_shape(model.decode_problem.slab_tokens)
 
 
 def table_shape(model: GraphModel, bucket: DecodeBucket | PrefillBucket) -> tuple[int, int]:
     """Shape of a plan's table."""
     if isinstance(bucket, PrefillBucket):
         return prefill_shape(model, bucket).table_shape
-    return decode_shape(bucket).table_shape(model.rank_config.num_kv_heads)
+    return decode_shape(model, bucket).table_shape(model.rank_config.num_kv_heads)
 
 
 def check_kernel(model: GraphModel, bucket: DecodeBucket | PrefillBucket) -> None:
     """ValueError unless the NKI kernels have code for the bucket."""
     if isinstance(bucket, DecodeBucket):
-        model.decode_problem.check(decode_shape(bucket))
+        model.decode_problem.check(decode_shape(model, bucket))
         return
     rank = model.rank_config
     for window in model.windows:
@@ -108,6 +115,7 @@ def check_kernel(model: GraphModel, bucket: DecodeBucket | PrefillBucket) -> Non
             cache_dtype=model.kv_cache_dtype,
             bucket=prefill_shape(model, bucket),
             target=model.target,
+            num_cores=model.num_cores,
             sliding_window=window,
         )
 
@@ -123,12 +131,14 @@ def plan_decode_rows(
     model: GraphModel, bucket: DecodeBucket, block_table: Int32Array, context_lens: Int32Array
 ) -> DecodePlans | None:
     """Plans of rows with one query token each; None if the bucket is too small for them."""
-    shape, layout = decode_shape(bucket), model.decode_problem.layout(model.num_blocks)
+    shape, layout = decode_shape(model, bucket), model.decode_problem.layout(model.num_blocks)
     if not all(fits(context_lens, layout, shape, sliding_window=window) for window in model.windows):
         return None
     plans = {w: plan_decode(block_table, context_lens, layout, shape, sliding_window=w) for w in model.windows}
     full = max(int((plan.pair_seq[0, : shape.full_folds] >= 0).sum()) for plan in plans.values())
     mixed = max(int((plan.slab_len > 0).any(axis=0).sum()) for plan in plans.values())
+    # What `even` adds to a bucket is no need of it.
+    full, mixed = min(full, bucket.full_folds), min(mixed, bucket.mixed_folds)
     need = DecodeBucket(len(context_lens), full, mixed, bucket.seqs_per_fold)
     return DecodePlans(need, {window: plan.table for window, plan in plans.items()})
 

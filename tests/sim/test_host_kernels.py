@@ -5,12 +5,16 @@ import numpy as np
 import pytest
 import torch
 
+from compile.buckets import DecodeBucket, PrefillBucket
 from compile.graph_spec import TensorSpec
 from compile.kernel_calls import KernelCall
+from neuron_paged.models.config import ModelConfig, RopeConfig
+from neuron_paged.models.graph_plans import GraphModel, plan_decode_rows, plan_prefill_chunk, plan_shape
 from neuron_paged.ops.host_kernels import CPU_KERNELS, as_array, simulated_kernels
 from nki_kernels.plan import plan_decode, smallest_shape
 from nki_kernels.plan_shape import SlabLayout
 from nki_kernels.prefill_plan import choose_bucket, plan_prefill
+from nki_kernels.simulated_calls import simulate_attention
 
 LENS, TABLE = np.array([70, 0, 33], np.int32), np.array([[5, 2, 9, 1, 7], [0] * 5, [3, 8, 4, 0, 0]], np.int32)
 
@@ -96,3 +100,32 @@ def test_attention_without_a_plan_has_no_simulated_kernel():
     call = KernelCall("attention", (TensorSpec("block_table", (3, 5), "int32"),), ())
     with pytest.raises(ValueError, match="attention: got a block table, need a plan"):
         simulated_kernels()["attention"](call, [TABLE], [])
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2])
+def test_plans_of_a_graphs_model_for_two_cores_give_what_one_core_gives(num_kv_heads: int) -> None:
+    """KV heads are divided between the cores, or one head's folds and Q tiles are."""
+    config = ModelConfig(
+        architecture="LlamaForCausalLM", num_layers=1, hidden_size=64, intermediate_size=48, num_heads=2, head_dim=64,
+        num_kv_heads=num_kv_heads, vocab_size=9, max_position_embeddings=512, rms_norm_eps=1e-5,
+        rope=RopeConfig("default", (1.0,) * 32), sliding_windows=(0,), rope_layers=(True,), tie_word_embeddings=True,
+    )  # fmt: skip
+    model = GraphModel(config, "float32", 512, 16, 24, "float32", num_cores=2)
+    cache, table = random(24, num_kv_heads, 2, 16, 64), np.arange(1, 24, dtype=np.int32)[None]
+    decode, prefill = DecodeBucket(1, 1, 1, 1), PrefillBucket(200, 1)
+    plans = plan_decode_rows(model, decode, table, np.array([300], np.int32))
+    assert plans is not None and plans.need == DecodeBucket(1, 0, 1, 1)
+    steps = [
+        ("decode_plan", 1, plan_shape(model, decode), plans.tables[0]),
+        ("prefill_plan", 200, plan_shape(model, prefill), plan_prefill_chunk(model, prefill, table, 300, 200)[0]),
+    ]
+    for name, num_tokens, shape, plan in steps:
+        query = random(num_tokens, 2, 64, seed=1)
+        got = simulate_attention(
+            query, cache, **{name: plan}, plan_shape=shape, num_seqs=1, target="trn2", num_cores=2, strict=True
+        )
+        unread = torch.zeros(1, 1, dtype=torch.int32)
+        want = torch.ops.neuron_paged.attention(
+            *map(torch.from_numpy, (query, cache)), unread, unread[0], **{name: torch.from_numpy(plan)}, plan_shape=shape
+        )
+        torch.testing.assert_close(torch.from_numpy(np.asarray(got)), want, atol=2e-5, rtol=2e-5)
