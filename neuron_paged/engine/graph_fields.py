@@ -24,8 +24,8 @@ _ROOT = Path(__file__).resolve().parents[2]
 STEP_SOURCES = (
     "neuron_paged/models/{}.py",
     (
-        "collectives", "graph_plans", "graph_step", "inputs", "layers", "linear", "llama", "sampler", "step",
-        "tensor_parallel",
+        "collectives", "graph_plans", "graph_step", "inputs", "layers", "linear", "llama", "rank_heads",
+        "sampler", "step", "tensor_parallel",
     ),  # fmt: skip
 )
 OPERATOR_SOURCES = ("neuron_paged/ops/{}.py", ("checks", "fake", "plain", "plain_planned", "planned", "schema", "xla"))

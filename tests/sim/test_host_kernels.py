@@ -125,7 +125,6 @@ def test_plans_of_a_graphs_model_for_two_cores_give_what_one_core_gives(num_kv_h
             query, cache, **{name: plan}, plan_shape=shape, num_seqs=1, target="trn2", num_cores=2, strict=True
         )
         unread = torch.zeros(1, 1, dtype=torch.int32)
-        want = torch.ops.neuron_paged.attention(
-            *map(torch.from_numpy, (query, cache)), unread, unread[0], **{name: torch.from_numpy(plan)}, plan_shape=shape
-        )
+        planned = {name: torch.from_numpy(plan), "plan_shape": shape}
+        want = torch.ops.neuron_paged.attention(*map(torch.from_numpy, (query, cache)), unread, unread[0], **planned)
         torch.testing.assert_close(torch.from_numpy(np.asarray(got)), want, atol=2e-5, rtol=2e-5)
