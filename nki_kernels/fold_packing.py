@@ -30,7 +30,7 @@ def spans_of(lens: np.ndarray, layout: SlabLayout, q_len: int, window: int) -> S
     end = (lens + (tokens - 1)) // tokens
     full_end = (lens if q_len == 1 else np.maximum(lens - q_len + 1, 0)) // tokens  # for the earliest query token too
     if window <= 0:
-        zero = np.zeros_like(lens)
+        zero = np.zeros(len(lens), np.int64)
         return Spans(zero, end, zero, full_end)
     first = np.maximum(lens - q_len - window + 1, 0) // tokens  # the earliest query token sees furthest back
     full_first = -(-np.maximum(lens - window, 0) // tokens)  # visible to the latest query token too
@@ -128,24 +128,39 @@ def demand_of(
     return Demand(lens, spans, full, spans.end - spans.first - full * SLABS_PER_FOLD, shared)
 
 
-def cut(counts: np.ndarray, limit: int) -> tuple[np.ndarray, list[int]]:
+class Cut(NamedTuple):
+    """Leftovers in mixed folds: sequences in packing order, first item of each, first item of each fold and the total.
+    """
+
+    order: np.ndarray
+    first_item: np.ndarray
+    bounds: list[int]
+
+    @property
+    def num_folds(self) -> int:
+        return len(self.bounds) - 1
+
+
+def cut_folds(counts: np.ndarray, limit: int) -> Cut:
     """Packs leftovers into mixed folds of at most SLABS_PER_FOLD slabs and `limit` sequences.
 
-    Returns (sequences in packing order, first item of each fold and the total).
     Large and small leftovers alternate, so that the limit on sequences rarely leaves a fold half empty.
     """
-    order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
+    order = (-counts).argsort(kind="stable")[: np.count_nonzero(counts)]
     half = (len(order) + 1) // 2
     mixed = np.empty_like(order)
     mixed[0::2], mixed[1::2] = order[:half], order[half:][::-1]
-    cum = [0, *np.cumsum(counts[mixed]).tolist()]
-    bounds, start, first, last = [0], 0, 0, len(mixed)
-    while start < cum[-1]:
-        while cum[first + 1] <= start:
+    sizes = counts[mixed]
+    ends = sizes.cumsum()
+    last = ends.tolist()  # item after each sequence
+    total = last[-1] if last else 0
+    reach = last[limit - 1 :] + [total] * (limit - 1)  # item after `limit` sequences from each on
+    bounds, start, first = [0], 0, 0
+    while start < total:
+        while last[first] <= start:
             first += 1
-        reach = cum[first + limit] if first + limit < last else cum[-1]
         start += SLABS_PER_FOLD
-        if reach < start:
-            start = reach
+        if reach[first] < start:
+            start = reach[first]
         bounds.append(start)
-    return mixed, bounds
+    return Cut(mixed, ends - sizes, bounds)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .fold_packing import Demand, cut, demand_of, find_shared, full_folds_of, spans_of
+from .fold_packing import Cut, Demand, cut_folds, demand_of, find_shared, full_folds_of, spans_of
 from .plan_fill import fill_table
 from .plan_shape import SLABS_PER_FOLD, PlanShape, SlabLayout
 
@@ -153,7 +153,7 @@ def smallest_shape(
     full, best, best_ns = int(demand.full.sum()), PlanShape(len(lens), 0, 1, 1), float("inf")
     seqs = 1
     while seqs == 1 or (seqs * columns_per_seq <= max_columns and seqs <= len(lens)):
-        mixed = len(cut(demand.leftover, seqs)[1]) - 1
+        mixed = cut_folds(demand.leftover, seqs).num_folds
         cost = max(_TENSOR_NS, _VECTOR_NS + _VECTOR_COLUMN_NS * seqs * columns_per_seq)
         if mixed * cost < best_ns:
             best_ns = mixed * cost
@@ -172,14 +172,14 @@ def _demand(
     q_len: int,
     window: int,
     block_table: np.ndarray | None,
-) -> tuple[Demand, np.ndarray, list[int]]:
+) -> tuple[Demand, Cut]:
     """What the batch needs within the shape, and the cut of its leftovers."""
     shared = None
     if shape.shared_folds and block_table is not None and window <= 0:
         full = full_folds_of(spans_of(lens, layout, q_len, window))
         shared = find_shared(block_table, full, layout, shape.seqs_per_shared_fold, shape.shared_folds)
     demand = demand_of(lens, layout, q_len, window, shape.full_folds, shared)
-    return demand, *cut(demand.leftover, shape.seqs_per_mixed_fold)
+    return demand, cut_folds(demand.leftover, shape.seqs_per_mixed_fold)
 
 
 def fits(
@@ -193,8 +193,8 @@ def fits(
 ) -> bool:
     """Whether `plan_decode` would succeed: enough rows and folds. block_table: None if nothing is shared."""
     lens = _as_lens(context_lens, q_len)
-    _, _, bounds = _demand(lens, layout, shape, q_len, sliding_window, block_table)
-    return len(lens) <= shape.num_seqs and len(bounds) - 1 <= shape.mixed_folds
+    _, cut = _demand(lens, layout, shape, q_len, sliding_window, block_table)
+    return len(lens) <= shape.num_seqs and cut.num_folds <= shape.mixed_folds
 
 
 def plan_decode(
@@ -239,13 +239,13 @@ def plan_decode(
     out = np.empty(size, np.int32) if out is None else out
     if out.shape != size or out.dtype != np.int32 or not out.flags.c_contiguous:
         raise ValueError(f"out: got {list(out.shape)} {out.dtype}, need {list(size)} int32, contiguous.")
-    demand, order, bounds = _demand(lens, layout, shape, q_len, sliding_window, table)
-    if len(lens) > shape.num_seqs or len(bounds) - 1 > shape.mixed_folds:
+    demand, cut = _demand(lens, layout, shape, q_len, sliding_window, table)
+    if len(lens) > shape.num_seqs or cut.num_folds > shape.mixed_folds:
         raise PlanOverflowError(
-            f"shape: {len(lens)} sequences need {int(demand.full.sum())} full and {len(bounds) - 1} mixed folds, "
+            f"shape: {len(lens)} sequences need {int(demand.full.sum())} full and {cut.num_folds} mixed folds, "
             f"{shape} has fewer. Use the next larger bucket, or split the batch."
         )
-    fill_table(out, table, demand, order, bounds, layout, shape)
+    fill_table(out, table, demand, cut, layout, shape)
     plan = DecodePlan(shape, layout, out, q_len, sliding_window)
     if check:
         plan.check(table, lens)

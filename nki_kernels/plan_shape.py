@@ -7,6 +7,7 @@ descriptors. A *fold* is 128 slabs fetched by one gather. Shared by host and ker
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from .hardware import NUM_PARTITIONS
 
@@ -45,17 +46,17 @@ class SlabLayout:
                 f"rows, need fewer than {MAX_INDEX}. Use larger blocks or fewer heads per core."
             )
 
-    @property
+    @cached_property
     def parts(self) -> int:
         """Slabs per (block, head)."""
         return self.block_size // self.slab_tokens
 
-    @property
+    @cached_property
     def row_step(self) -> int:
         """Rows of one (block, head) in the kernel's view of the cache."""
         return 1 if self.parts == 1 else 2 * self.parts
 
-    @property
+    @cached_property
     def dead_row(self) -> int:
         """First row id past the cache: the gather skips it."""
         return self.num_blocks * self.num_kv_heads * self.row_step

@@ -41,6 +41,7 @@ class PlanCase:
 
 CASES = (
     PlanCase(64, 8192, 1, False, 200.0),
+    PlanCase(64, 8192, 8, False, 200.0),
     PlanCase(64, 8192, 1, True, 200.0),
     PlanCase(64, 8192, 8, True, 200.0),
     PlanCase(1024, 2048, 1, True, 2000.0),
