@@ -59,7 +59,7 @@ def model_fields(model: GraphModel) -> dict[str, Any]:
         "model": {"config": _plain(config), "dtype": model.dtype, "max_positions": model.max_positions},
         "cache": {"block_size": model.block_size, "num_blocks": model.num_blocks, "dtype": model.kv_cache_dtype},
         "tensor_parallel": model.tensor_parallel_size,
-        "plans_for": f"{model.target}, {model.num_cores} core{'s' * (model.num_cores > 1)}",
+        "plans_for": {"target": model.target, "num_cores": model.num_cores},
     }
 
 
