@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from compile.errors import BundleError
+from compile.store import file_sha256
 
 FORMAT = "neuron-paged bundle 1"
 MAX_MANIFEST_BYTES = 64 * 2**20
@@ -160,15 +161,6 @@ class Bundle:
         if len({ref.sha256 for ref in refs}) != len(refs):
             raise BundleError(f"{what}: the manifest gives one file two sizes; it is foreign.")
         return cls(fields, graphs, built)
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file in hexadecimal."""
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            sha.update(chunk)
-    return sha.hexdigest()
 
 
 def is_sha256(text: str) -> bool:

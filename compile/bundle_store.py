@@ -16,12 +16,11 @@ from compile.bundle import (
     Graph,
     bundle_key,
     digest,
-    file_sha256,
     graph_key,
     misses,
 )
 from compile.errors import BundleError, BundleMissError
-from compile.store import LocalStore, ObjectMissingError, Store
+from compile.store import LocalStore, ObjectMissingError, Store, file_sha256
 
 # What builds a bundle, for messages.
 BUILD_COMMAND = "neuron-paged compile --model … --target … --store …"
@@ -182,7 +181,7 @@ def copy_bundle(source: Store, target: Store, bundle: Bundle, progress: Progress
                 target.replace(ref.blob, path)
             if path.parent == scratch:
                 path.unlink(missing_ok=True)
-    return publish_bundle(target, bundle)
+    return publish_bundle(target, bundle) or bool(todo)
 
 
 def _checked_path(store: Store, ref: FileRef, scratch: Path) -> Path:
@@ -204,10 +203,17 @@ def _checked_path(store: Store, ref: FileRef, scratch: Path) -> Path:
 
 
 def is_whole(store: Store, ref: FileRef) -> bool:
-    """Whether the store has the file: by size, and by sha256 where reading costs no transfer."""
+    """Whether the store has the file. Only an object whose sha256 the store does not know is transferred for it."""
     if store.size(ref.blob) != ref.num_bytes:
         return False
-    return not isinstance(store, LocalStore) or file_sha256(store.local_path(ref.blob, Path())) == ref.sha256
+    try:
+        known = store.sha256(ref.blob)
+        if known is not None:
+            return known == ref.sha256
+        with tempfile.TemporaryDirectory(prefix="neuron-paged-whole-") as name:
+            return file_sha256(store.local_path(ref.blob, Path(name))) == ref.sha256
+    except ObjectMissingError:
+        return False
 
 
 def verify_bundle(store: Store, bundle: Bundle) -> list[str]:

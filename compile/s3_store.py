@@ -3,6 +3,7 @@
 run continues, and come down by ranges. Needs boto3; endpoint, region and credentials are boto3's own settings.
 """
 
+import base64
 import contextlib
 import hashlib
 import os
@@ -13,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from compile.errors import MissingPackageError, StoreError
-from compile.store import ObjectMissingError, check_name, file_errors, locked
+from compile.store import ObjectMissingError, check_name, file_errors, file_sha256, locked
 
 PART_BYTES = 16 * 2**20  # S3 takes parts of 5 MiB to 5 GiB, 10 000 at most; larger objects get larger parts
 _MAX_PARTS = 10_000
 _CHUNK_BYTES = 2**20
 _ATTEMPTS = 8
+_NOTE = "sha256"  # in an object's metadata
 _LOCATION = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(.*))?")
 _CREDENTIALS = "run `aws configure`, set AWS_PROFILE, or use an instance role"
 
@@ -70,6 +72,17 @@ class S3Store:
                 return int(self._s3.head_object(**self._at(name))["ContentLength"])
         except ObjectMissingError:
             return None
+
+    def sha256(self, name: str) -> str | None:
+        """S3 checks and keeps the sha256 of what is sent whole. Of what is sent in parts it checks each part's, so the
+        whole's is the one noted at the beginning."""
+        with self._errors(name):
+            head = self._s3.head_object(**self._at(name), ChecksumMode="ENABLED")
+        checksum = head.get("ChecksumSHA256")
+        if checksum is not None and "-" not in head["ETag"]:
+            return base64.b64decode(checksum).hex()
+        noted: str | None = head.get("Metadata", {}).get(_NOTE)
+        return noted
 
     def names(self, folder: str) -> list[str]:
         prefix = (f"{self._prefix}/" if self._prefix else "") + f"{folder}/"
@@ -131,7 +144,7 @@ class S3Store:
         for attempt in range(_ATTEMPTS):
             try:
                 with self._errors(name):
-                    self._s3.put_object(**self._at(name), Body=body, IfNoneMatch="*")
+                    self._s3.put_object(**self._at(name), **_checked(body), IfNoneMatch="*")
                     return True
             except _LostRaceError:
                 return False
@@ -143,26 +156,25 @@ class S3Store:
 
     def replace(self, name: str, content: bytes | Path) -> None:
         if isinstance(content, Path) and content.stat().st_size > self._part_bytes:
-            self.delete(name)
-            self._put_parts(name, content)
+            self._put_parts(name, content, over=True)
             return
         with self._errors(name):
             body = content if isinstance(content, bytes) else content.read_bytes()
-            self._s3.put_object(**self._at(name), Body=body)
+            self._s3.put_object(**self._at(name), **_checked(body))
 
     def delete(self, name: str) -> None:
         with self._errors(name):
             self._s3.delete_object(**self._at(name))
 
-    def _put_parts(self, name: str, path: Path) -> bool:
-        """Multipart upload, continuing one that an earlier run began. Equal names have equal contents, so parts of
-        whatever upload are good if they are equal to ours."""
-        num_bytes = path.stat().st_size
+    def _put_parts(self, name: str, path: Path, *, over: bool = False) -> bool:
+        """Multipart upload, continuing one of this content that an earlier run began. over: whatever is there."""
+        num_bytes, sha256 = path.stat().st_size, file_sha256(path)
+        condition = {} if over else {"IfNoneMatch": "*"}
         part_bytes = max(self._part_bytes, -(-num_bytes // _MAX_PARTS))
         for attempt in range(_ATTEMPTS):
             try:
                 with self._errors(name):
-                    upload_id, there = self._begun_upload(name)
+                    upload_id, there = self._begun_upload(name, sha256)
                     parts = []
                     with path.open("rb") as file:
                         for number in range(1, -(-num_bytes // part_bytes) + 1):
@@ -170,11 +182,14 @@ class S3Store:
                             tag = f'"{hashlib.md5(part, usedforsecurity=False).hexdigest()}"'
                             if there.get(number) != (len(part), tag):
                                 tag = self._s3.upload_part(
-                                    **self._at(name), UploadId=upload_id, PartNumber=number, Body=part
-                                )["ETag"]
-                            parts.append({"PartNumber": number, "ETag": tag})
+                                    **self._at(name), UploadId=upload_id, PartNumber=number, Body=part,
+                                    ChecksumSHA256=_base64_sha256(part),
+                                )["ETag"]  # fmt: skip
+                            parts.append(
+                                {"PartNumber": number, "ETag": tag, "ChecksumSHA256": _base64_sha256(part)}
+                            )
                     self._s3.complete_multipart_upload(
-                        **self._at(name), UploadId=upload_id, MultipartUpload={"Parts": parts}, IfNoneMatch="*"
+                        **self._at(name), UploadId=upload_id, MultipartUpload={"Parts": parts}, **condition
                     )
                     return True
             except _LostRaceError:
@@ -182,22 +197,28 @@ class S3Store:
                     self._s3.abort_multipart_upload(**self._at(name), UploadId=upload_id)
                 return False
             except (_ConflictError, _UploadGoneError):
-                if self.size(name) is not None:
+                if not over and self.size(name) is not None:
                     return False
                 time.sleep(_pause_s(attempt))
         raise StoreError(f"store {self.location}: {name} could not be uploaded in {_ATTEMPTS} attempts; run again.")
 
-    def _begun_upload(self, name: str) -> tuple[str, dict[int, tuple[int, str]]]:
-        """(upload id, {part number: (bytes, ETag)}) of an unfinished upload of this object, or a new one."""
+    def _begun_upload(self, name: str, sha256: str) -> tuple[str, dict[int, tuple[int, str]]]:
+        """(upload id, {part number: (bytes, ETag)}) of an unfinished upload of this object, or a new one.
+
+        Names are those of contents, so whoever began it meant this content; parts that differ are sent again.
+        """
         key = self._key(name)
         listing = self._s3.list_multipart_uploads(Bucket=self._bucket, Prefix=key)
         for upload in listing.get("Uploads", ()):
-            if upload["Key"] != key:
+            if upload["Key"] != key or upload.get("ChecksumAlgorithm") != "SHA256":
                 continue
             pages = self._s3.get_paginator("list_parts").paginate(**self._at(name), UploadId=upload["UploadId"])
             parts = {p["PartNumber"]: (p["Size"], p["ETag"]) for page in pages for p in page.get("Parts", ())}
             return upload["UploadId"], parts
-        return self._s3.create_multipart_upload(**self._at(name))["UploadId"], {}
+        begun = self._s3.create_multipart_upload(
+            **self._at(name), ChecksumAlgorithm="SHA256", Metadata={_NOTE: sha256}
+        )
+        return begun["UploadId"], {}
 
     @contextlib.contextmanager
     def _errors(self, name: str) -> Iterator[None]:
@@ -258,6 +279,21 @@ def _broken_streams(attempt: int) -> tuple[type[BaseException], ...]:
     from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
 
     return (IncompleteReadError, ReadTimeoutError, ResponseStreamingError) if attempt < _ATTEMPTS - 1 else ()
+
+
+def _base64_sha256(content: bytes) -> str:
+    """As S3 takes it."""
+    return base64.b64encode(hashlib.sha256(content).digest()).decode()
+
+
+def _checked(body: bytes) -> dict[str, Any]:
+    """A body that S3 checks, also noted for services that don't keep checksums."""
+    return {
+        "Body": body,
+        "ChecksumAlgorithm": "SHA256",
+        "ChecksumSHA256": _base64_sha256(body),
+        "Metadata": {_NOTE: hashlib.sha256(body).hexdigest()},
+    }
 
 
 def _pause_s(attempt: int) -> float:

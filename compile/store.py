@@ -8,6 +8,7 @@ owns S3.
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import re
 import time
@@ -44,6 +45,13 @@ class Store(Protocol):
         """Bytes, None if there is no such object."""
         ...
 
+    def sha256(self, name: str) -> str | None:
+        """Of the contents, in hexadecimal, from what the store knows without a transfer; None if it does not.
+
+        Raises ObjectMissingError.
+        """
+        ...
+
     def names(self, folder: str) -> list[str]:
         """All names below "bundles", "graphs", "blobs" or "claims", sorted."""
         ...
@@ -70,6 +78,15 @@ def check_name(name: str) -> str:
     if _NAME.fullmatch(name) is None:
         raise ValueError(f"store: got object name {name!r}, need bundles/…, graphs/…, blobs/… or claims/….")
     return name
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file in hexadecimal."""
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            sha.update(chunk)
+    return sha.hexdigest()
 
 
 def open_store(location: str | Path, *, create: bool = False) -> Store:
@@ -118,6 +135,13 @@ class LocalStore:
                 return (self._folder / check_name(name)).stat().st_size
         except FileNotFoundError:
             return None
+
+    def sha256(self, name: str) -> str | None:
+        try:
+            with file_errors(f"store {self.location}: {name}"):
+                return file_sha256(self._folder / check_name(name))
+        except FileNotFoundError:
+            raise ObjectMissingError(f"store {self.location}: no {name}.") from None
 
     def names(self, folder: str) -> list[str]:
         try:

@@ -3,7 +3,8 @@
 
 ls STORE                          bundles with target, model, graphs and size
 verify STORE [KEY]                read every file and compare its sha256; exit code 1 if one is damaged or missing
-push FOLDER s3://… [KEY]          copy to S3; what is there already is not sent again, large files are continued
+push FOLDER s3://… [KEY]          copy to S3; what is there whole is not sent again, large files are continued,
+                                  damaged ones replaced
 pull s3://… FOLDER [KEY]          the other way round
 diff STORE KEY KEY                fields in which two bundles differ; exit code 1 if there are any
 export STORE FILE.tar[.gz] [KEY]  one bundle as one file

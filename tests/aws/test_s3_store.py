@@ -11,7 +11,7 @@ from pathlib import Path
 import boto3
 import pytest
 
-from compile.bundle_store import copy_bundle, list_bundles, publish_graph, verify_bundle
+from compile.bundle_store import copy_bundle, finished_graph, list_bundles, publish_graph, verify_bundle
 from compile.claims import Claims
 from compile.errors import BundleError, StoreError
 from compile.s3_store import S3Store
@@ -66,7 +66,7 @@ def test_large_files_go_in_parts_and_a_begun_upload_is_continued(bucket: str, tm
     file.write_bytes(content)
     name = "blobs/" + "a" * 64
     client = boto3.client("s3")
-    upload = client.create_multipart_upload(Bucket=bucket, Key=name)["UploadId"]
+    upload = client.create_multipart_upload(Bucket=bucket, Key=name, ChecksumAlgorithm="SHA256")["UploadId"]
     for number in (1, 2):  # the second part is damaged
         body = content[(number - 1) * PART : number * PART] if number == 1 else b"\0" * PART
         client.upload_part(Bucket=bucket, Key=name, UploadId=upload, PartNumber=number, Body=body)
@@ -161,6 +161,40 @@ def test_damaged_objects_are_never_taken(bucket: str, tmp_path: Path, way: str) 
     with pytest.raises(BundleError, match="damaged|missing"):
         copy_bundle(remote, open_store(target, create=True), bundle)
     assert list_bundles(open_store(target)) == ([], []) and len(verify_bundle(remote, bundle)) == 1
+
+
+@pytest.mark.parametrize("way", ["by us", "by others", "in parts"])
+def test_a_push_repairs_damage_of_the_right_size(bucket: str, tmp_path: Path, way: str) -> None:
+    local, remote = open_store(tmp_path / "a", create=True), S3Store(f"s3://{bucket}/x", part_bytes=PART)
+    bundle = publish(local, num_bytes=PART + 99 if way == "in parts" else 50_000)
+    assert copy_bundle(local, remote, bundle) and not copy_bundle(local, remote, bundle)
+    ref = bundle.graphs[BUCKETS[0]].files["graph.neff"]
+    damaged = bytearray(local.read(ref.blob))
+    damaged[1000] ^= 1
+    if way == "by others":  # S3 knows no sha256 then
+        boto3.client("s3").put_object(Bucket=bucket, Key=f"x/{ref.blob}", Body=bytes(damaged))
+        assert remote.sha256(ref.blob) is None
+    else:
+        (tmp_path / "damaged").write_bytes(damaged)
+        remote.replace(ref.blob, tmp_path / "damaged")
+    assert remote.size(ref.blob) == ref.num_bytes
+    (problem,) = verify_bundle(remote, bundle)
+    assert f"{BUCKETS[0]}/graph.neff" in problem and "damaged" in problem
+    assert finished_graph(remote, FIELDS, BUCKETS[0]) is None  # a build would not take it either
+    assert copy_bundle(local, remote, bundle)
+    assert verify_bundle(remote, bundle) == [] and not copy_bundle(local, remote, bundle)
+    assert remote.sha256(ref.blob) == ref.sha256
+
+
+def test_good_files_that_others_put_there_are_read_not_sent(bucket: str, tmp_path: Path) -> None:
+    local, remote = open_store(tmp_path / "a", create=True), S3Store(f"s3://{bucket}")
+    bundle = publish(local)
+    for folder in ("blobs", "graphs", "bundles"):
+        for name in local.names(folder):
+            boto3.client("s3").put_object(Bucket=bucket, Key=name, Body=local.read(name))
+    puts: list[str] = []
+    remote._s3.meta.events.register("before-call.s3.PutObject", lambda params, **_: puts.append(params["url_path"]))
+    assert not copy_bundle(local, remote, bundle) and puts == []
 
 
 def test_claims_are_exclusive(bucket: str) -> None:
