@@ -9,7 +9,7 @@ import io
 import os
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -17,7 +17,7 @@ from typing import IO
 from compile.bundle import MAX_MANIFEST_BYTES, Bundle, FileRef
 from compile.bundle_store import is_whole, publish_bundle
 from compile.errors import BundleError, StoreError
-from compile.store import Store, file_errors
+from compile.store import Store, file_errors, open_store
 
 # NEFFs are tens to hundreds of MB and a bundle has some dozens; whoever has more says so.
 DEFAULT_MAX_BYTES = 64 * 2**30
@@ -52,12 +52,24 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     archive.addfile(info, io.BytesIO(content))
 
 
-def import_bundle(store: Store, source: Path, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Bundle:
-    """Publish the bundle of an archive. max_bytes: of all its files, unpacked.
+def import_bundle(location: str | Path, source: Path, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Bundle:
+    """Publish the bundle of an archive in the store at a folder or s3:// location, which is made if it is not there.
 
-    Raises BundleError for anything but an intact bundle; the store then shows nothing new. StoreError.
+    The archive is read twice: nothing is written before all of it is known to be good. max_bytes: of all its files,
+    unpacked. Raises BundleError for anything but an intact bundle, StoreError.
     """
-    with _opened(source) as archive, tempfile.TemporaryDirectory(prefix="neuron-paged-import-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="neuron-paged-import-") as scratch:
+        file = Path(scratch) / "file"
+        _read_archive(source, file, max_bytes, lambda ref: None)
+        store = open_store(location, create=True)
+        bundle = _read_archive(source, file, max_bytes, lambda ref: _store_file(store, ref, file))
+    publish_bundle(store, bundle)
+    return bundle
+
+
+def _read_archive(source: Path, scratch: Path, max_bytes: int, take: Callable[[FileRef], None]) -> Bundle:
+    """take: called for each file when its checked contents are in `scratch`."""
+    with _opened(source) as archive:
         first = archive.next()
         if first is None or not first.name.startswith("bundles/") or not first.isreg():
             raise BundleError(f"{source}: the first member is no bundle's manifest; need a file of `bundle export`.")
@@ -75,20 +87,23 @@ def import_bundle(store: Store, source: Path, *, max_bytes: int = DEFAULT_MAX_BY
                 raise BundleError(f"{source}: {member.name!r} is not a file that the manifest names; refused.")
             if member.size != ref.num_bytes:
                 raise BundleError(f"{source}: {member.name[:18]}… has {member.size} bytes, need {ref.num_bytes}.")
-            _store_member(store, _member(archive, member), ref, Path(scratch) / "file", source)
+            _copy(_member(archive, member), scratch)
+            ref.check_file(scratch, f"{source}: {ref.blob[:18]}…")
+            take(ref)
         if missing:
             raise BundleError(f"{source}: lacks {len(missing)} files, such as {min(missing)[:18]}…; copy it again.")
-    publish_bundle(store, bundle)
     return bundle
 
 
-def _store_member(store: Store, member: IO[bytes], ref: FileRef, scratch: Path, source: Path) -> None:
+def _copy(member: IO[bytes], scratch: Path) -> None:
     with scratch.open("wb") as file:
         while chunk := member.read(_CHUNK_BYTES):
             with file_errors(f"folder {scratch.parent}"):
                 file.write(chunk)
                 file.flush()
-    ref.check_file(scratch, f"{source}: {ref.blob[:18]}…")
+
+
+def _store_file(store: Store, ref: FileRef, scratch: Path) -> None:
     if not store.put_new(ref.blob, scratch) and not is_whole(store, ref):
         store.replace(ref.blob, scratch)
 

@@ -175,9 +175,8 @@ def _export(args: argparse.Namespace) -> int:
 def _import(args: argparse.Namespace) -> int:
     from compile.bundle_archive import DEFAULT_MAX_BYTES, import_bundle
 
-    store = _open(args.store, create=True)
-    bundle = import_bundle(store, Path(args.file), max_bytes=args.max_size or DEFAULT_MAX_BYTES)
-    print(f"{store.location}: bundle {bundle.key[:12]}")
+    bundle = import_bundle(args.store, Path(args.file), max_bytes=args.max_size or DEFAULT_MAX_BYTES)
+    print(f"{args.store}: bundle {bundle.key[:12]}")
     return 0
 
 
