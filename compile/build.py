@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 from compile.bundle import Bundle, Fields, Graph, graph_key
 from compile.bundle_store import finished_graph, publish_bundle, publish_graph
 from compile.claims import Claims
-from compile.errors import CompileError
+from compile.errors import CompileError, GraphsFailedError, MissingPackageError
 from compile.executors import HloCpuRuntime
 from compile.lowered_graph import LoweredGraph
 from compile.neuronx_cc import CompileJob, Compiler, CompileResult, compile_graphs
@@ -120,7 +120,7 @@ class Build:
     def run(self) -> Bundle:
         """Compile what is missing, wait for what others compile, publish the manifest.
 
-        Raises CompileError naming the graphs that failed; those that succeeded stay in the store.
+        Raises GraphsFailedError once all others are in the store, CompileError if nothing can be lowered or compiled.
         """
         graphs: dict[str, Graph] = {}
         failures: dict[str, str] = {}
@@ -140,12 +140,7 @@ class Build:
         finally:
             self.claims.release_all()
         if failures:
-            lines = "; ".join(failures[bucket] for bucket in list(failures)[:3])
-            more = f"; and {len(failures) - 3} more" if len(failures) > 3 else ""
-            raise CompileError(
-                f"{len(failures)} of {len(self.buckets)} graphs failed, the others are kept for the next run: "
-                f"{lines}{more}"
-            )
+            raise GraphsFailedError(failures, len(self.buckets))
         bundle = Bundle(self.fields, graphs, self.built)
         publish_bundle(self.store, bundle)
         return bundle
@@ -178,11 +173,11 @@ class Build:
         return taken
 
     def _compile(self, batch: Sequence[str], graphs: dict[str, Graph], failures: dict[str, str]) -> None:
-        lowered = {graph.manifest.name: graph for graph in self.lower(batch)}
+        lowered, reasons = self._lowered(batch)
 
         def done(bucket: str, files: Files | None, error: str) -> None:
             if files is None:
-                failures[bucket] = error
+                failures[bucket] = error.removeprefix(f"{bucket}: ")
                 self.on_event("failed", bucket, error)
             else:
                 content = {**_without_cost(lowered[bucket]).files(), **files}
@@ -190,7 +185,27 @@ class Build:
                 self.on_event("compiled", bucket, "")
             self.claims.release(graph_key(self.fields, bucket))
 
+        for bucket, reason in reasons.items():
+            done(bucket, None, reason)
         self.backend.compile_batch(list(lowered.values()), done, self.claims.renew)
+
+    def _lowered(self, batch: Sequence[str]) -> tuple[dict[str, LoweredGraph], dict[str, str]]:
+        """Graphs by bucket, and why others can't be lowered: one by one if they can't be all together."""
+        try:
+            return {graph.manifest.name: graph for graph in self.lower(batch)}, {}
+        except MissingPackageError:
+            raise
+        except (CompileError, ValueError) as error:
+            if len(batch) == 1:
+                return {}, {batch[0]: str(error)}
+        graphs: dict[str, LoweredGraph] = {}
+        reasons: dict[str, str] = {}
+        for bucket in batch:
+            self.claims.renew()
+            graph, reason = self._lowered([bucket])
+            graphs.update(graph)
+            reasons.update(reason)
+        return graphs, reasons
 
 
 def _without_cost(graph: LoweredGraph) -> LoweredGraph:

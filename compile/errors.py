@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors of the compile layer. Wrong arguments raise ValueError; these are for what goes wrong with good arguments."""
 
+from collections.abc import Mapping
+
 
 class CompileError(RuntimeError):
     """A graph could not be lowered, checked, compiled or run."""
@@ -12,6 +14,18 @@ class LoweringError(CompileError):
 
 class MissingPackageError(CompileError):
     """A package that this part needs is not installed, or in a version that does not work here."""
+
+
+class GraphsFailedError(CompileError):
+    """Some graphs of a build failed; the others are kept for the next run. failures: reason by bucket."""
+
+    def __init__(self, failures: Mapping[str, str], num_graphs: int) -> None:
+        self.failures = dict(failures)
+        lines = "; ".join(f"{bucket}: {reason}" for bucket, reason in list(failures.items())[:3])
+        more = f"; and {len(failures) - 3} more" if len(failures) > 3 else ""
+        super().__init__(
+            f"{len(failures)} of {num_graphs} graphs failed, the others are kept for the next run: {lines}{more}"
+        )
 
 
 class KernelError(CompileError):

@@ -3,6 +3,7 @@
 
 Every bucket is one graph. What the store has already is not compiled again, so an interrupted run is just repeated, and
 several machines may run the same command on one s3:// store at the same time: they share the graphs among them.
+A graph that fails does not stop the others; the end lists what failed (exit code 1), and the next run tries only that.
 cpu: graphs run on this machine's kind of CPU (`generate --bundle STORE`). trn1, inf2, trn2, trn3: needs neuronx-cc.
 """
 
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     """Settle everything, compile, report."""
     check_json_target(args.json)
     from compile.bundle import bundle_key
-    from compile.errors import CompileError
+    from compile.errors import CompileError, GraphsFailedError
     from compile.store import open_store
 
     try:
@@ -94,6 +95,15 @@ def run(args: argparse.Namespace) -> int:
         store = open_store(args.store, create=True)
         progress = _Progress(len(names))
         bundle = plan.build(store, batch_size=max(args.jobs, 4), lease_s=args.lease, on_event=progress.report)
+    except GraphsFailedError as error:
+        print(
+            f"{len(error.failures)} of {len(names)} graphs failed, the others are in {store.location}; the same "
+            "command tries these again:", file=sys.stderr,
+        )  # fmt: skip
+        for bucket, reason in sorted(error.failures.items()):
+            print(f"  {bucket}: {' '.join(reason.split())}", file=sys.stderr)
+        write_json(args.json, {"key": bundle_key(plan.fields, names), "fields": plan.fields, "failed": error.failures})
+        return 1
     except CompileError as error:
         raise GraphError(str(error)) from error
     if args.json != "-":
@@ -167,5 +177,5 @@ class _Progress:
             return
         self._next_wait_line = 0.0
         self._done += 1
-        note = f": {text}" if text else ""
+        note = f": {' '.join(text.split())}" if text else ""
         print(f"[{self._done}/{self._total}] {bucket} {event}{note}", file=sys.stderr, flush=True)

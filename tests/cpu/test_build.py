@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ import pytest
 from compile.build import LOG, NEFF
 from compile.bundle import graph_key
 from compile.bundle_store import list_bundles, read_graph, verify_bundle
-from compile.errors import CompileError
+from compile.errors import CompileError, GraphsFailedError, LoweringError
+from compile.lowered_graph import LoweredGraph
 from compile.store import Store, open_store
-from tests.cpu.build_samples import BUCKETS, FIELDS, build, starts
+from tests.cpu.build_samples import BUCKETS, FIELDS, build, lower, starts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,6 +53,27 @@ def test_what_succeeds_stays_when_another_graph_fails(store: Store) -> None:
     assert list_bundles(store) == ([], []) and len(store.names("graphs")) == 2 and store.names("claims") == []
     build(store, BUCKETS[:2]).run()
     assert len(starts()) == 3
+
+
+def test_what_can_not_be_lowered_fails_alone_and_only_that_is_tried_again(store: Store) -> None:
+    asked: list[list[str]] = []
+    broken = {BUCKETS[1], BUCKETS[4]}
+
+    def lower_most(names: Sequence[str]) -> list[LoweredGraph]:
+        asked.append(list(names))
+        for name in names:
+            if name in broken:
+                raise LoweringError(f"no graph of {name}")
+        return lower(names)
+
+    with pytest.raises(GraphsFailedError, match="2 of 8 graphs failed, the others are kept") as caught:
+        build(store, lower=lower_most).run()
+    assert caught.value.failures == {name: f"no graph of {name}" for name in broken}
+    assert sorted(starts()) == sorted(set(BUCKETS) - broken) and store.names("claims") == []
+    asked.clear()
+    broken.clear()
+    bundle = build(store, lower=lower_most).run()
+    assert asked == [[BUCKETS[1], BUCKETS[4]]] and sorted(bundle.graphs) == BUCKETS and len(starts()) == len(BUCKETS)
 
 
 def test_an_interrupted_build_goes_on_where_it_stopped(store: Store) -> None:
