@@ -32,6 +32,10 @@ class KernelError(CompileError):
     """A kernel behind a custom call failed while a graph ran."""
 
 
+class DeviceError(CompileError):
+    """A Neuron device, or its runtime, failed while it was given memory or ran a graph."""
+
+
 class BundleError(CompileError):
     """A bundle is missing, damaged, foreign or incomplete: the message names the file or the field."""
 

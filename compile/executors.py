@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compile.errors import CompileError, KernelError, MissingPackageError
+from compile.graph_runtime import Buffer
 from compile.graph_spec import TensorSpec
 from compile.hlo_cpu import for_xla_cpu, result_operand, result_places
 from compile.kernel_calls import KERNEL_TARGET, KernelCall
-from compile.lowered_graph import LoweredGraph
+from compile.lowered_graph import LoweredGraph, Manifest
 from compile.process_groups import signals_held
 
 # Its client interface is private and changes; this release was tested.
@@ -32,7 +33,6 @@ COMPILER_IDENTITY = f"xla-cpu of jaxlib {JAXLIB_VERSION}, level {_OPTIMIZATION_L
 # A kernel reads `operands` and writes `results`, arrays on the device's own memory in the order of the call. A result
 # that the call aliases with an operand usually is that operand's memory.
 Kernel = Callable[[KernelCall, Sequence[NDArray[Any]], Sequence[NDArray[Any]]], None]
-Buffer = Any  # jaxlib's device buffer
 
 # void kernel(void* out, const void** in, const char* opaque, size_t opaque_len, XlaCustomCallStatus*)
 # With one array result `out` is its address, with a tuple it points to an array of addresses. It is used only where
@@ -49,6 +49,17 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 
         return np.dtype(ml_dtypes.bfloat16)
     return np.dtype(name)
+
+
+def checked_input(manifest: Manifest, spec: TensorSpec, inputs: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+    """The array of one of a graph's inputs. ValueError unless shape and dtype are the manifest's."""
+    array = inputs[spec.name]
+    if array.shape != spec.shape or array.dtype != numpy_dtype(spec.dtype):
+        raise ValueError(
+            f"{spec.name}: got {list(array.shape)} {array.dtype}, need {list(spec.shape)} {spec.dtype} "
+            f"(graph {manifest.name})."
+        )
+    return array
 
 
 def _array_at(address: int, spec: TensorSpec) -> NDArray[Any]:
@@ -134,6 +145,8 @@ class HloCpuRuntime:
     Raises MissingPackageError without jaxlib.
     """
 
+    is_host_memory = True
+
     def __init__(self, kernels: Mapping[str, Kernel]) -> None:
         self._xla = require_jaxlib()
         self._client = _cpu_client(self._xla)
@@ -161,6 +174,9 @@ class HloCpuRuntime:
     def view(self, buffer: Buffer, spec: TensorSpec) -> NDArray[Any]:
         """The buffer's memory as an array; stays valid while the buffer, or what a graph made of it in place, lives."""
         return _array_at(buffer.unsafe_buffer_pointer(), spec)
+
+    def write(self, buffer: Buffer, array: NDArray[Any]) -> None:
+        """Nothing: an array that view gave is the buffer's memory."""
 
     def load(self, graph: LoweredGraph) -> "HloCpuExecutable":
         """Compile a graph. Raises CompileError if XLA refuses it or a kernel is missing."""
@@ -260,10 +276,4 @@ class HloCpuExecutable:
     ) -> Buffer:
         if role != "input":
             return (weights if role == "weight" else state)[spec.name]
-        array = inputs[spec.name]
-        if array.shape != spec.shape or array.dtype != numpy_dtype(spec.dtype):
-            raise ValueError(
-                f"{spec.name}: got {list(array.shape)} {array.dtype}, need {list(spec.shape)} {spec.dtype} "
-                f"(graph {self.manifest.name})."
-            )
-        return self._runtime.put(array)
+        return self._runtime.put(checked_input(self.manifest, spec, inputs))

@@ -22,6 +22,7 @@ from compile.hlo_sources import model_sources
 from compile.kernel_calls import RecordingKernelCompiler, use_kernel_compiler
 from compile.lower import TORCH_VERSION, TORCH_XLA_VERSION, LoweringRequest
 from compile.lowered_graph import LoweredGraph, LoweringCost, Manifest, Parameter, Role
+from compile.neff_names import declare_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,7 +117,8 @@ def trace(request: LoweringRequest) -> LoweredGraph:
     _check_state_is_updated(spec, module)
     sources = model_sources(hlo, module, _is_foreign)
     try:
-        hlo = hlo_edit.inline_kernel_calls(hlo_edit.normalise(hlo, spec.name)) + hlo_edit.must_alias(manifest.aliases)
+        hlo = hlo_edit.inline_kernel_calls(hlo_edit.normalise(hlo, spec.name))
+        hlo = declare_names(hlo, manifest.aliases) + hlo_edit.must_alias(manifest.aliases)
     except ValueError as error:
         raise LoweringError(f"{spec.name}: {error}") from error
     cost = LoweringCost(time.process_time() - start, _peak_rss_bytes())

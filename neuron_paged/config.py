@@ -92,10 +92,12 @@ class GraphConfig:
     """How an executor of compiled graphs makes them.
 
     executor: "eager" runs the model's step without graphs, on batches as they are; "hlo-cpu" lowers it for buckets and
-        runs the graphs on XLA:CPU; "xla" runs buckets on torch_xla's device; "neuron" on a Neuron device (not yet run).
+        runs the graphs on XLA:CPU; "xla" runs buckets on torch_xla's device; "neuron" on a Neuron device (not yet run):
+        with a bundle its NEFFs, through nrtpy, else what AWS's torch stack compiles.
     buckets: names such as "decode-8x0x4x2" (compile.buckets); None makes ladders from the engine's limits.
     kernels: what stands behind the operators' custom calls: "cpu", the fast CPU kernels; "simulator", the NKI kernels
-        in the simulator; "plain": no custom calls, the operators are lowered to plain operations.
+        in the simulator; "plain": no custom calls, the operators are lowered to plain operations. With executor
+        "neuron" and a bundle, "cpu" takes a bundle of either kind.
     python: interpreter of an environment with torch_xla, None = this one.
     bundle: store with compiled graphs, a folder or s3://bucket/prefix; None lowers and compiles at start.
     allow_compiling: without a fitting bundle, lower and compile at start; False makes that an error within seconds.
@@ -110,7 +112,7 @@ class GraphConfig:
 
     def __post_init__(self) -> None:
         if self.executor == "eager" and self.bundle is not None:
-            raise ConfigError("bundle: eager steps need none; need executor='hlo-cpu' with it.")
+            raise ConfigError("bundle: eager steps need none; need executor='hlo-cpu' or 'neuron' with it.")
         if self.bundle is None and not self.allow_compiling:
             raise ConfigError("no_compile: got no bundle with it, need one to take the graphs from.")
         for name, allowed in (("executor", EXECUTORS), ("kernels", GRAPH_KERNELS)):
@@ -121,11 +123,22 @@ class GraphConfig:
                 "GraphConfig.executor: got 'eager' with buckets, kernels or an interpreter for graphs; need executor="
                 "'hlo-cpu' with them."
             )
-        if self.executor in ("xla", "neuron") and (self.kernels, self.python, self.bundle) != ("cpu", None, None):
+        if self.serves_neffs:
+            if self.kernels == "simulator" or self.python is not None:
+                raise ConfigError(
+                    "GraphConfig.executor: got 'neuron' and a bundle with simulated kernels or an interpreter, need "
+                    "neither: the bundle's NEFFs run as they are."
+                )
+        elif self.executor in ("xla", "neuron") and (self.kernels, self.python, self.bundle) != ("cpu", None, None):
             raise ConfigError(
                 f"GraphConfig.executor: got {self.executor!r} with kernels, an interpreter or a bundle, need none: it "
                 "lowers operators to plain operations, in this process."
             )
+
+    @property
+    def serves_neffs(self) -> bool:
+        """Whether a bundle's NEFFs run on a Neuron device."""
+        return self.executor == "neuron" and self.bundle is not None
 
     def check_cache(self, cache: CacheConfig) -> None:
         """ConfigError for caches that no graph can have."""

@@ -49,6 +49,16 @@ def neuron_cc_flags() -> str:
     return os.environ.get("NEURON_CC_FLAGS", "")
 
 
+def neuron_platform_target() -> str | None:
+    """NEURON_PLATFORM_TARGET_OVERRIDE, AWS's: the generation this machine counts as; None if it is not set."""
+    return os.environ.get("NEURON_PLATFORM_TARGET_OVERRIDE") or None
+
+
+def neuron_logical_nc_config() -> str | None:
+    """NEURON_LOGICAL_NC_CONFIG, AWS's: physical cores per logical one, for the runtime; None if it is not set."""
+    return os.environ.get("NEURON_LOGICAL_NC_CONFIG") or None
+
+
 def reported_variables() -> dict[str, str]:
     """Set variables that change how a run behaves; values that look like credentials are masked."""
     shown = {}

@@ -15,6 +15,8 @@ FIRST_RUNTIME_WITHOUT_OLD_DRIVERS = (2, 32)
 LAST_OLD_DRIVER = (2, 26)
 # NKI release → SDK it ships with; kernels of one NKI need that SDK's compiler (NCC_EVRF065 otherwise).
 SDK_OF_NKI = {"0.1": "2.27", "0.2": "2.28", "0.3": "2.29", "0.4": "2.30", "0.5": "2.31", "0.6": "2.32"}
+# Runtime release → SDK it ships with (n2-manifest.json of the SDK).
+SDK_OF_RUNTIME = {"2.29": "2.27", "2.30": "2.28", "2.31": "2.29", "2.32": "2.30", "2.33": "2.31", "2.34": "2.32"}
 _SYSTEM_PACKAGES = {"driver": "aws-neuronx-dkms", "runtime": "aws-neuronx-runtime-lib"}
 
 
@@ -65,6 +67,23 @@ def version_problems(*, driver: str | None, runtime: str | None, compiler: str |
             problems.append(
                 f"nki {nki} belongs to SDK {nki_sdk}, neuronx-cc {compiler} to SDK {sdk}; install both from one SDK"
             )
+    return problems
+
+
+def neff_problems(compiler: str, *, runtime: str | None, nrtpy: str | None) -> list[str]:
+    """Why a NEFF of this neuronx-cc may not load here, one line each; versions that can't be read are passed over."""
+    problems = []
+    compiler_numbers, runtime_numbers, nrtpy_numbers = _numbers(compiler), _numbers(runtime), _numbers(nrtpy)
+    if compiler_numbers and runtime_numbers:
+        made = SDK_OF_COMPILER.get(".".join(map(str, compiler_numbers)))
+        here = SDK_OF_RUNTIME.get(".".join(map(str, runtime_numbers)))
+        if made and here and compiler_version(made + ".0") > compiler_version(here + ".0"):
+            problems.append(
+                f"compiler: neuronx-cc {compiler} (SDK {made}) → runtime {runtime} (SDK {here}), which is older; "
+                "update aws-neuronx-runtime-lib or compile with that SDK"
+            )
+    if runtime_numbers and nrtpy_numbers and runtime_numbers != nrtpy_numbers:
+        problems.append(f"nrtpy {nrtpy} with runtime {runtime}: their versions must match; install both from one SDK")
     return problems
 
 

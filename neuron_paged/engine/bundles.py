@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Choosing a bundle for an engine before any weight is read: what is not set is taken from the bundle."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ from compile.buckets import bucket_of_name
 from compile.bundle import Bundle, Fields
 from compile.bundle_store import copy_bundle, find_bundle
 from compile.store import Store, open_store
-from neuron_paged.engine.graph_fields import cpu_fields
 from neuron_paged.env import cache_dir
 from neuron_paged.models.config import ModelConfig
 from neuron_paged.models.graph_plans import GraphModel
@@ -37,6 +36,16 @@ class ChosenBundle:
         }
 
     @property
+    def plans_for(self) -> str:
+        """Target whose kernels' plans its graphs take."""
+        return str(self.bundle.fields["plans_for"])
+
+    @property
+    def compiler(self) -> str:
+        """What compiled it, and its version."""
+        return str(self.bundle.fields["compiler"])
+
+    @property
     def max_model_len(self) -> int:
         """Tokens that the graphs' rotary table has room for."""
         return int(self.bundle.fields["model"]["max_positions"])
@@ -54,17 +63,19 @@ def choose_bundle(
     dtype: str,
     cache: dict[str, Any],
     max_model_len: int | None,
-    kernels: str,
+    fields_here: Callable[[GraphModel], Fields],
     buckets: Sequence[str] | None,
 ) -> ChosenBundle:
-    """The bundle of a store for target cpu that fits these settings; one under s3:// is pulled into the cache folder.
+    """The bundle of a store that fits these settings; one under s3:// is pulled into the cache folder.
 
     dtype: as LLM takes it. cache: CacheConfig's settings that were given. max_model_len: None = whatever the bundle
-    has. kernels: GraphConfig.kernels. buckets: names it must have.
+    has. fields_here: what a bundle for a model must say to be served here. buckets: names it must have.
     Raises BundleMissError, which names the nearest bundle and what differs; BundleError, StoreError.
     """
     store = open_store(location)
-    wanted = wanted_fields(config, dtype=dtype, cache=cache, max_model_len=max_model_len, kernels=kernels)
+    wanted = wanted_fields(
+        config, dtype=dtype, cache=cache, max_model_len=max_model_len, fields_here=fields_here
+    )
     bundle = find_bundle(store, wanted, buckets or ())
     if str(location).startswith("s3://"):
         local = open_store(cache_dir() / "bundles", create=True)
@@ -74,7 +85,12 @@ def choose_bundle(
 
 
 def wanted_fields(
-    config: ModelConfig, *, dtype: str, cache: dict[str, Any], max_model_len: int | None, kernels: str
+    config: ModelConfig,
+    *,
+    dtype: str,
+    cache: dict[str, Any],
+    max_model_len: int | None,
+    fields_here: Callable[[GraphModel], Fields],
 ) -> Fields:
     """Fields of a bundle's key that are settled; those that were not given are left out."""
     name = _DTYPE_NAMES.get(dtype, "float32")
@@ -88,7 +104,7 @@ def wanted_fields(
         cache.get("num_blocks") or open_value,
         kv_dtype,
     )
-    fields = {**cpu_fields(model, "plain" if kernels == "plain" else "kernels")}
+    fields = {**fields_here(model)}
     for group, given in (("model", {"max_positions": max_model_len}), ("cache", cache)):
         kept = {k: v for k, v in fields[group].items() if v != open_value}
         if group == "cache" and "kv_cache_dtype" not in given:

@@ -38,16 +38,17 @@ class StepPart(NamedTuple):
     logits: np.ndarray
 
 
-def graph_model(model: "LlamaModel", config: CacheConfig) -> GraphModel:
-    """What the graphs of a model depend on; config: num_blocks set."""
+def graph_model(model: "LlamaModel", config: CacheConfig, plans_for: str | None = None) -> GraphModel:
+    """What the graphs of a model depend on; config: num_blocks set. plans_for: a target, None = GraphModel's."""
     if config.num_blocks is None:
         raise ConfigError("CacheConfig.num_blocks: got None, need a number of blocks; size the cache first.")
     dtype = str(model.dtype).removeprefix("torch.")
     names = {"auto": dtype, "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
     max_positions = model.rotary_emb.cos_sin_cache.shape[0]
-    return GraphModel(
+    made = GraphModel(
         model.config, dtype, max_positions, config.block_size, config.num_blocks, names[config.kv_cache_dtype]
     )
+    return made if plans_for is None else made._replace(target=plans_for)
 
 
 class GraphChain:

@@ -33,7 +33,7 @@ LOWERING_SOURCES = (
     "compile/{}.py",
     (
         "buckets", "graph_spec", "hlo", "hlo_cpu", "hlo_edit", "hlo_sources", "kernel_calls", "lowered_graph",
-        "protobuf", "trace",
+        "neff_names", "protobuf", "trace",
     ),  # fmt: skip
 )
 KERNEL_SOURCES = ("nki_kernels/*.py",)
@@ -86,6 +86,23 @@ def neuron_fields(
     compiled: dict[str, Any] = {"target": target, "lnc": lnc, "compiler": f"neuronx-cc {version}"}
     compiled["flags"] = {phase: keyed_flags(words) for phase, words in flags.items()}
     return {**model_fields(model), **source_fields(operators), **compiled}
+
+
+def served_cpu_fields(model: GraphModel, kernels: str) -> Fields:
+    """What a bundle must say to be served by XLA:CPU on this host. kernels: GraphConfig.kernels."""
+    return cpu_fields(model, "plain" if kernels == "plain" else "kernels")
+
+
+def served_neuron_fields(model: GraphModel, kernels: str, target: str, lnc: int) -> Fields:
+    """What a bundle must say to be served on a Neuron device; compiler and flags are its own.
+
+    kernels: GraphConfig.kernels; but for "plain", operators may have become kernels or plain operations, for whatever
+    target the plans are made: the bundle says which.
+    """
+    operators = "plain" if kernels == "plain" else ""
+    fields = {**model_fields(model), **source_fields(operators), "target": target, "lnc": lnc}
+    dropped = {"plans_for"} if operators else {"plans_for", "operators"}
+    return {name: value for name, value in fields.items() if name not in dropped}
 
 
 def _plain(value: Any) -> Any:

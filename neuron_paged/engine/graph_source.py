@@ -1,32 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where an executor's graphs come from: lowered and compiled now, or from a bundle."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-from compile.build import EXECUTABLE
-from compile.bundle import Bundle, differences
+from compile.bundle import Bundle, Fields, differences
 from compile.bundle_store import read_graph
 from compile.errors import BundleError, BundleMissError
 from compile.executors import HloCpuExecutable, HloCpuRuntime
 from compile.graph_lint import check_graph
+from compile.graph_runtime import GraphExecutable, GraphRuntime
 from compile.kernel_calls import StandInKernelCompiler
 from compile.lower import Progress, lower_graphs
 from compile.lowered_graph import LoweredGraph
 from compile.store import Store
-from neuron_paged.engine.graph_fields import cpu_fields
 from neuron_paged.models.graph_plans import GraphModel
 from neuron_paged.models.graph_step import GraphBucket, graph_spec, lowering_request
 
+Runtime = TypeVar("Runtime", bound=GraphRuntime)
+RuntimeOfSource = TypeVar("RuntimeOfSource", bound=GraphRuntime, contravariant=True)
 
-class GraphSource(Protocol):
-    """Gives compiled graphs."""
+
+class GraphSource(Protocol[RuntimeOfSource]):
+    """Gives compiled graphs to a runtime."""
 
     def load(
-        self, runtime: HloCpuRuntime, model: GraphModel, buckets: Sequence[GraphBucket], progress: Progress | None
-    ) -> dict[str, HloCpuExecutable]:
+        self, runtime: RuntimeOfSource, model: GraphModel, buckets: Sequence[GraphBucket], progress: Progress | None
+    ) -> "dict[str, HloCpuExecutable] | dict[str, GraphExecutable]":
         """Executables by bucket name. progress: called with (phase, graphs done, graphs). Raises CompileError."""
         ...
 
@@ -81,17 +83,21 @@ class LoweredNow:
 
 @dataclass(frozen=True)
 class FromBundle:
-    """Executables of a bundle for target cpu; nothing is lowered or compiled."""
+    """Executables of a bundle; nothing is lowered or compiled.
+
+    fields_here: what a bundle for a model has to say to be served by this process; it may say more. file: the one of a
+    graph's files that the runtime executes.
+    """
 
     store: Store
     bundle: Bundle
-    kernels: bool
+    fields_here: Callable[[GraphModel], Fields]
+    file: str
 
     def load(
-        self, runtime: HloCpuRuntime, model: GraphModel, buckets: Sequence[GraphBucket], progress: Progress | None
-    ) -> dict[str, HloCpuExecutable]:
-        operators = "kernels" if self.kernels else "plain"
-        changed = differences(self.bundle.fields, cpu_fields(model, operators))
+        self, runtime: GraphRuntime, model: GraphModel, buckets: Sequence[GraphBucket], progress: Progress | None
+    ) -> dict[str, GraphExecutable]:
+        changed = differences(self.bundle.fields, self.fields_here(model), partial=True)
         if changed:
             raise BundleMissError(f"bundle {self.bundle.key[:12]}: made for other settings: {'; '.join(changed[:6])}.")
         executables = {}
@@ -107,11 +113,11 @@ class FromBundle:
             progress("loading", len(buckets), len(buckets))
         return executables
 
-    def _load(self, runtime: HloCpuRuntime, model: GraphModel, bucket: GraphBucket) -> HloCpuExecutable:
+    def _load(self, runtime: GraphRuntime, model: GraphModel, bucket: GraphBucket) -> GraphExecutable:
         files = read_graph(self.store, self.bundle.graphs[bucket.name])
         try:
             graph = LoweredGraph.from_files(files)
-            executable = files[EXECUTABLE]
+            executable = files[self.file]
         except (KeyError, ValueError, TypeError) as error:
             raise BundleError(f"bundle {self.bundle.key[:12]}: {bucket.name} can't be read ({error}).") from error
         spec = graph_spec(model, bucket)

@@ -41,8 +41,9 @@ class LLM:
     executor: "eager" runs steps as they come; "hlo-cpu" lowers the model into one static graph per bucket, as for a
     device, and runs those on XLA:CPU; "xla" and "neuron": see GraphConfig. graph_buckets: names of compile.buckets
     ("decode-8x0x4x2", "decode_table-8x16") or files of grids, None = ladders from the limits. graph_kernels,
-    graph_python: see GraphConfig.kernels and .python. bundle: store with graphs that `neuron-paged compile --target
-    cpu` made, a folder or s3://bucket/prefix; cache settings and max_model_len that are not given are the bundle's.
+    graph_python: see GraphConfig.kernels and .python. bundle: store with graphs that `neuron-paged compile` made, a
+    folder or s3://bucket/prefix: for target cpu, or with executor "neuron" for this machine's target; cache settings
+    and max_model_len that are not given are the bundle's.
     no_compile: without a fitting bundle fail at once instead of lowering and compiling.
     Raises ModelNotFoundError, UnsupportedModelError, CheckpointError, ConfigError, GraphError, RankError.
     """

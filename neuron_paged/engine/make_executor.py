@@ -2,25 +2,31 @@
 """From settings to the Executor that runs a loaded model's steps."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compile.buckets import DecodeBucket, PrefillBucket
+from compile.build import EXECUTABLE, NEFF
+from compile.bundle import Fields
 from compile.errors import BundleMissError, CompileError
-from compile.executors import Kernel, require_jaxlib
+from compile.executors import HloCpuRuntime, Kernel, require_jaxlib
 from compile.lower import Progress, require_torch_xla
+from compile.neff_runtime import NeffRuntime, require_nrtpy
 from compile.neuron_device import PACKAGES, choose_route, neuron_device
 from compile.xla_device import XlaDevice
 from neuron_paged.collect_env import package_versions
 from neuron_paged.config import EngineConfig, GraphConfig
+from neuron_paged.env import cache_dir
 from neuron_paged.errors import ConfigError, GraphError
+from neuron_paged.neuron_machine import compiler_problems, neuron_machine
 
 if TYPE_CHECKING:
     from neuron_paged.engine.bundles import ChosenBundle
     from neuron_paged.engine.graph_chain import GraphChain
+    from neuron_paged.engine.graph_runner import GraphRunner
     from neuron_paged.engine.model_runner import ModelRunner
     from neuron_paged.engine.rank_pool import RankPool
     from neuron_paged.engine.tensor_runner import TensorDevice
@@ -52,28 +58,69 @@ def make_executor(
         runner.warm_up()
         return runner
     from neuron_paged.engine.graph_chain import graph_model
-    from neuron_paged.engine.graph_runner import GraphRunner
-    from neuron_paged.engine.graph_source import FromBundle
 
     if graphs.buckets is None and bundle is not None:
         graphs = replace(graphs, buckets=tuple(bundle.buckets))
     buckets = _buckets(graph_model(model, config.cache), config, graphs)
-    if graphs.executor != "hlo-cpu":
+    if graphs.executor != "hlo-cpu" and bundle is None:
         from neuron_paged.engine.tensor_runner import TensorGraphRunner
 
         with _graph_progress(progress) as report:
             return TensorGraphRunner(model, config.cache, buckets, _device(graphs), progress=report)
-    kernels = _kernels(graphs)
-    source = None if bundle is None else FromBundle(bundle.store, bundle.bundle, kernels is not None)
     try:
         with _graph_progress(progress) as report:
-            graph_runner = GraphRunner(
-                model, config.cache, buckets, kernels=kernels, python=graphs.python, progress=report, source=source
-            )
+            graph_runner = _graph_runner(model, config, graphs, buckets, bundle, report)
     except CompileError as error:
         raise GraphError(str(error)) from error
     graph_runner.warm_up()
     return graph_runner
+
+
+def _graph_runner(
+    model: "LlamaModel",
+    config: EngineConfig,
+    graphs: GraphConfig,
+    buckets: "list[GraphBucket]",
+    bundle: "ChosenBundle | None",
+    report: Progress | None,
+) -> "GraphRunner":
+    """Graphs of XLA:CPU, lowered now or from a bundle, or a bundle's NEFFs."""
+    from neuron_paged.engine.graph_runner import GraphRunner
+    from neuron_paged.engine.graph_source import FromBundle, LoweredNow
+
+    if bundle is not None and graphs.serves_neffs:
+        neffs = FromBundle(bundle.store, bundle.bundle, fields_here(graphs), NEFF)
+        return GraphRunner(
+            model, config.cache, buckets, _neff_runtime(bundle), neffs, plans_for=bundle.plans_for, progress=report
+        )
+    kernels = _kernels(graphs)
+    runtime = HloCpuRuntime(kernels or {})
+    if bundle is None:
+        lowered = LoweredNow(kernels is not None, graphs.python)
+        return GraphRunner(model, config.cache, buckets, runtime, lowered, progress=report)
+    executables = FromBundle(bundle.store, bundle.bundle, fields_here(graphs), EXECUTABLE)
+    return GraphRunner(
+        model, config.cache, buckets, runtime, executables, plans_for=bundle.plans_for, progress=report
+    )
+
+
+def fields_here(graphs: GraphConfig) -> "Callable[[GraphModel], Fields]":
+    """What a bundle for a model must say to be served by this process. Raises GraphError (see neuron_machine)."""
+    from neuron_paged.engine.graph_fields import served_cpu_fields, served_neuron_fields
+
+    if not graphs.serves_neffs:
+        return lambda model: served_cpu_fields(model, graphs.kernels)
+    machine = neuron_machine()
+    return lambda model: served_neuron_fields(model, graphs.kernels, machine.target, machine.lnc)
+
+
+def _neff_runtime(bundle: "ChosenBundle") -> NeffRuntime:
+    problems = compiler_problems(bundle.compiler)
+    for problem in problems:
+        print(f"neuron-paged: {problem}.", file=sys.stderr, flush=True)
+    described = f" It was compiled by {bundle.compiler} for {bundle.bundle.fields['target']}, LNC "
+    described += f"{bundle.bundle.fields['lnc']}; this machine is {neuron_machine()}."
+    return NeffRuntime(cache_dir() / "neffs", described=described + "".join(f" {problem}." for problem in problems))
 
 
 def _kernels(graphs: GraphConfig) -> "dict[str, Kernel] | None":
@@ -119,6 +166,9 @@ def require_graph_packages(graphs: GraphConfig) -> None:
     if graphs.executor == "eager":
         return
     try:
+        if graphs.serves_neffs:
+            require_nrtpy()
+            return
         if graphs.executor == "neuron":
             choose_route(package_versions(PACKAGES))
             return
@@ -161,12 +211,13 @@ def find_graphs(
             dtype=dtype,
             cache=cache,
             max_model_len=max_model_len,
-            kernels=graphs.kernels,
+            fields_here=fields_here(graphs),
             buckets=None if graphs.buckets is None else [bucket.name for bucket in named_buckets(graphs.buckets)],
         )
     except BundleMissError as error:
         if not graphs.allow_compiling:
-            raise GraphError(str(error)) from error
+            here = f" This machine is {neuron_machine()}." if graphs.serves_neffs else ""
+            raise GraphError(f"{error}{here}") from error
         print(f"{error} Compiling now.", file=sys.stderr, flush=True)
         require_graph_packages(replace(graphs, bundle=None))
         return None

@@ -6,11 +6,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from compile.bundle import bundle_key, graph_key
+from compile.bundle import bundle_key, differences, graph_key
 from compile.host_cpu import instruction_sets
 from compile.neuronx_cc_flags import canonical_flags
 from compile.source_digest import files_digest, sources_digest
@@ -140,11 +141,27 @@ def test_the_named_sources_are_closed_under_imports() -> None:
 
 def test_settings_that_are_not_given_are_left_open() -> None:
     whole = graph_fields.cpu_fields(MODEL, "kernels")
-    wanted = wanted_fields(CONFIG, dtype="auto", cache={}, max_model_len=None, kernels="cpu")
+    here = partial(graph_fields.served_cpu_fields, kernels="cpu")
+    wanted = wanted_fields(CONFIG, dtype="auto", cache={}, max_model_len=None, fields_here=here)
     assert "cache" not in wanted and "max_positions" not in wanted["model"]
     given = {"block_size": 8, "num_blocks": 24, "kv_cache_dtype": "fp32"}
-    assert wanted_fields(CONFIG, dtype="fp32", cache=given, max_model_len=64, kernels="cpu") == whole
+    assert wanted_fields(CONFIG, dtype="fp32", cache=given, max_model_len=64, fields_here=here) == whole
     assert bundle_key(whole, ["a"]) != bundle_key(graph_fields.cpu_fields(MODEL, "plain"), ["a"])
+
+
+def test_a_neuron_bundle_of_either_kind_of_operators_is_served() -> None:
+    """Who names no kernels gets what the bundle has; target, LNC, model and cache must be those of here."""
+    flags = {"decode": ("--optlevel=2",), "prefill": ("--optlevel=1",)}
+    here = graph_fields.served_neuron_fields(MODEL, "cpu", "trn1", 1)
+    for operators, target in (("plain", "trn2"), ("kernels", "trn1")):
+        made = graph_fields.neuron_fields(MODEL._replace(target=target), "trn1", 1, VERSION, flags, operators)
+        assert differences(made, here, partial=True) == []
+        plain = graph_fields.served_neuron_fields(MODEL, "plain", "trn1", 1)
+        says = [] if operators == "plain" else ["operators: kernels → plain"]
+        assert differences(made, plain, partial=True) == says
+    other = graph_fields.served_neuron_fields(MODEL._replace(num_blocks=25), "cpu", "trn2", 2)
+    found = differences(made, other, partial=True)
+    assert found == ["cache.num_blocks: 24 → 25", "lnc: 1 → 2", "target: trn1 → trn2"]
 
 
 def test_instruction_sets_ignore_what_code_does_not_need(tmp_path: Path) -> None:

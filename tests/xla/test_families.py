@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from compile.buckets import DecodeBucket, PrefillBucket
+from compile.executors import HloCpuRuntime
 from compile.graph_lint import check_graph
 from compile.hlo import parse_module
 from compile.kernel_calls import KERNEL_TARGET, StandInKernelCompiler
@@ -88,7 +89,7 @@ def check_serving(graphs: list[LoweredGraph], name: str, kernels) -> Counter[str
         kernels[call.name](call, operands, results)
 
     counting = dict.fromkeys(kernels, counted)
-    runner = GraphRunner(make_family_model(name), CACHE, BUCKETS, kernels=counting, source=LoweredBefore(graphs))
+    runner = GraphRunner(make_family_model(name), CACHE, BUCKETS, HloCpuRuntime(counting), LoweredBefore(graphs))
     for cache in runner.kv_caches:
         cache[0] = torch.nan  # nothing live depends on the null block
     addresses = [cache.data_ptr() for cache in runner.kv_caches]
@@ -116,10 +117,10 @@ def test_what_no_planned_bucket_holds_is_finished_by_fallbacks(graphs) -> None:
     """Without the larger decode bucket: four rows are split; without a prefill bucket, prompts run eagerly."""
     expected = serve(ModelRunner(make_family_model("llama"), CACHE), CACHE, SCHEDULER, TRAFFIC)
     model = make_family_model("llama")
-    small = GraphRunner(model, CACHE, BUCKETS[:1], kernels=CPU_KERNELS, source=LoweredBefore(graphs["llama"][:1]))
+    small = GraphRunner(model, CACHE, BUCKETS[:1], HloCpuRuntime(CPU_KERNELS), LoweredBefore(graphs["llama"][:1]))
     assert serve(small, CACHE, SCHEDULER, TRAFFIC) == expected
     assert small.graph_stats.fallbacks["split"] and small.graph_stats.fallbacks["eager"]
-    prefill = GraphRunner(model, CACHE, BUCKETS[2:], kernels=CPU_KERNELS, source=LoweredBefore(graphs["llama"][2:]))
+    prefill = GraphRunner(model, CACHE, BUCKETS[2:], HloCpuRuntime(CPU_KERNELS), LoweredBefore(graphs["llama"][2:]))
     assert serve(prefill, CACHE, SCHEDULER, TRAFFIC) == expected
     assert prefill.graph_stats.fallbacks["larger"] and not prefill.graph_stats.fallbacks["eager"]
     reset(prefill)
@@ -134,7 +135,7 @@ def runners(graphs) -> list[GraphRunner]:
     """With all buckets; with a decode bucket only; with a prefill bucket only."""
     model, found = make_family_model("qwen2"), graphs["qwen2"]
     return [
-        GraphRunner(model, CACHE, BUCKETS[part], kernels=CPU_KERNELS, source=LoweredBefore(found[part]))
+        GraphRunner(model, CACHE, BUCKETS[part], HloCpuRuntime(CPU_KERNELS), LoweredBefore(found[part]))
         for part in (slice(None), slice(1), slice(2, None))
     ]
 

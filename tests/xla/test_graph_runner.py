@@ -11,8 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from compile.buckets import decode_table_grid, prefill_table_grid
+from compile.executors import HloCpuRuntime
 from neuron_paged.config import CacheConfig, EngineConfig, SchedulerConfig
 from neuron_paged.engine.graph_runner import GraphRunner
+from neuron_paged.engine.graph_source import LoweredNow
 from neuron_paged.engine.llm_engine import LLMEngine
 from neuron_paged.engine.model_runner import ModelRunner
 from neuron_paged.engine.sampling import SamplingParams
@@ -28,7 +30,7 @@ SCHEDULER = SchedulerConfig(max_num_seqs=6, max_num_batched_tokens=40, max_model
 
 def make_runner(kernels: bool) -> GraphRunner:
     buckets = [*decode_table_grid([2, 4], [2, 4]), *prefill_table_grid([1, 4], [16], [4])]
-    return GraphRunner(make_model(), CACHE, buckets, kernels=CPU_KERNELS if kernels else None)
+    return GraphRunner(make_model(), CACHE, buckets, HloCpuRuntime(CPU_KERNELS), LoweredNow(kernels))
 
 
 @pytest.fixture(scope="module")
