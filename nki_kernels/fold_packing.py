@@ -141,8 +141,8 @@ class Cut(NamedTuple):
         return len(self.bounds) - 1
 
 
-def cut_folds(counts: np.ndarray, limit: int) -> Cut:
-    """Packs leftovers into mixed folds of at most SLABS_PER_FOLD slabs and `limit` sequences.
+def cut_folds(counts: np.ndarray, limit: int, max_slabs: int = SLABS_PER_FOLD) -> Cut:
+    """Packs leftovers into mixed folds of at most `max_slabs` slabs and `limit` sequences.
 
     Large and small leftovers alternate, so that the limit on sequences rarely leaves a fold half empty.
     """
@@ -159,7 +159,7 @@ def cut_folds(counts: np.ndarray, limit: int) -> Cut:
     while start < total:
         while last[first] <= start:
             first += 1
-        start += SLABS_PER_FOLD
+        start += max_slabs
         if reach[first] < start:
             start = reach[first]
         bounds.append(start)

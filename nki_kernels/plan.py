@@ -47,27 +47,29 @@ class DecodePlan:
         """As integers, for an operator's argument: see `PlanShape.plan_shape`."""
         return self.shape.plan_shape(self.layout.slab_tokens)
 
-    def _sections(self) -> tuple[np.ndarray, ...]:
+    def sections(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """rows, slab_len, slab_seq, pair_seq."""
         rows = self.layout.num_kv_heads * self.shape.num_folds
-        mixed = self.shape.mixed_folds
-        a, b, c, d = np.split(self.table, [rows, rows + mixed, rows + 2 * mixed], axis=1)
-        return a, b, c, d
+        masks = rows + self.shape.mixed_folds
+        pairs = masks + self.shape.mixed_folds
+        table = self.table
+        return table[:, :rows], table[:, rows:masks], table[:, masks:pairs], table[:, pairs:]
 
     @property
     def rows(self) -> np.ndarray:
-        return self._sections()[0]
+        return self.sections()[0]
 
     @property
     def slab_len(self) -> np.ndarray:
-        return self._sections()[1]
+        return self.sections()[1]
 
     @property
     def slab_seq(self) -> np.ndarray:
-        return self._sections()[2]
+        return self.sections()[2]
 
     @property
     def pair_seq(self) -> np.ndarray:
-        return self._sections()[3]
+        return self.sections()[3]
 
     def coverage(self) -> np.ndarray:
         """The inverse of planning: every live slab as (batch row, KV head, block, slab of block, position), sorted.
@@ -182,21 +184,6 @@ def _demand(
     return demand, cut_folds(demand.leftover, shape.seqs_per_mixed_fold)
 
 
-def fits(
-    context_lens: np.ndarray,
-    layout: SlabLayout,
-    shape: PlanShape,
-    *,
-    q_len: int = 1,
-    sliding_window: int = 0,
-    block_table: np.ndarray | None = None,
-) -> bool:
-    """Whether `plan_decode` would succeed: enough rows and folds. block_table: None if nothing is shared."""
-    lens = _as_lens(context_lens, q_len)
-    _, cut = _demand(lens, layout, shape, q_len, sliding_window, block_table)
-    return len(lens) <= shape.num_seqs and cut.num_folds <= shape.mixed_folds
-
-
 def plan_decode(
     block_table: np.ndarray,
     context_lens: np.ndarray,
@@ -207,6 +194,7 @@ def plan_decode(
     sliding_window: int = 0,
     check: bool = False,
     out: np.ndarray | None = None,
+    spread: bool = False,
 ) -> DecodePlan:
     """The fold plan of one decode step.
 
@@ -215,6 +203,7 @@ def plan_decode(
     off, else blocks that no query token sees are left out. Blocks that sequences begin with in common are read once
     where the shape has shared folds (without a window only). check: also verify the result (slow). out: the table to
     write, such as an earlier plan's that nobody reads any more; fresh memory for large ones costs more than planning.
+    spread: leave room in all mixed folds of the shape instead of using as few as possible.
     Raises PlanOverflowError if the shape is too small, ValueError for bad arguments.
     """
     lens = _as_lens(context_lens, q_len)
@@ -245,6 +234,10 @@ def plan_decode(
             f"shape: {len(lens)} sequences need {int(demand.full.sum())} full and {cut.num_folds} mixed folds, "
             f"{shape} has fewer. Use the next larger bucket, or split the batch."
         )
+    if spread and 0 < cut.num_folds < shape.mixed_folds:
+        room = -(-SLABS_PER_FOLD * cut.num_folds // shape.mixed_folds)
+        wider = cut_folds(demand.leftover, shape.seqs_per_mixed_fold, room)
+        cut = wider if wider.num_folds <= shape.mixed_folds else cut
     fill_table(out, table, demand, cut, layout, shape)
     plan = DecodePlan(shape, layout, out, q_len, sliding_window)
     if check:

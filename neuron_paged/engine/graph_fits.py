@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from compile.buckets import Bucket, BucketGrid, DecodeBucket, DecodeTableBucket, PrefillBucket, PrefillTableBucket
 from neuron_paged.engine.packed_rows import PackedRows, SamplingArrays
-from neuron_paged.models.graph_plans import GraphModel, plan_decode_rows, plan_prefill_chunk, prefill_need
+from neuron_paged.models.graph_plans import DecodeRowsPlanner, GraphModel, plan_prefill_chunk, prefill_need
 from neuron_paged.models.graph_step import GraphBucket, plan_name
 
 
@@ -36,11 +36,12 @@ class Division(NamedTuple):
 
 
 class GraphFits:
-    """Grids by kind, and the choice among them."""
+    """Grids by kind, and the choice among them. The inputs of a fit may be written over when the next is found."""
 
     def __init__(self, model: GraphModel, buckets: Sequence[GraphBucket]) -> None:
         self._model = model
         self._decode: BucketGrid[DecodeBucket] | None = _grid(buckets, DecodeBucket)
+        self._planner: DecodeRowsPlanner | None = None  # of the bucket that took decode rows last
         self._prefill: BucketGrid[PrefillBucket] | None = _grid(buckets, PrefillBucket)
         self._decode_tables: BucketGrid[DecodeTableBucket] | None = _grid(buckets, DecodeTableBucket)
         self._prefill_tables: BucketGrid[PrefillTableBucket] | None = _grid(buckets, PrefillTableBucket)
@@ -68,11 +69,15 @@ class GraphFits:
         return Fit(table_bucket, table_need, self._inputs(rows, table_bucket), rows.is_decode)
 
     def _find_decode(self, rows: PackedRows, width: int) -> Fit | None:
+        last, table, lens = self._planner, rows.block_table, rows.context_lens
+        if last is not None and (plans := last.advance(table, lens)) is not None:
+            return Fit(last.bucket, plans.need, self._inputs(rows, last.bucket, plans.tables))
         for bucket in self._decode or ():
             if bucket.num_seqs < rows.num_seqs:
                 continue
-            plans = plan_decode_rows(self._model, bucket, rows.block_table, rows.context_lens)
-            if plans is not None:
+            planner = DecodeRowsPlanner(self._model, bucket) if last is None or last.bucket != bucket else last
+            if (plans := planner.plan(table, lens)) is not None:
+                self._planner = planner
                 return Fit(bucket, plans.need, self._inputs(rows, bucket, plans.tables))
         if self._decode_tables is None:
             return None
@@ -93,7 +98,7 @@ class GraphFits:
         rows = PackedRows(zero, zero, one, zero[None], zero, starts, zero, SamplingArrays.greedy(1))
         plans = None
         if isinstance(bucket, DecodeBucket):
-            found = plan_decode_rows(self._model, bucket, rows.block_table, rows.context_lens)
+            found = DecodeRowsPlanner(self._model, bucket).plan(rows.block_table, rows.context_lens)
             assert found is not None, "rows without context need no fold"
             plans = found.tables
         elif isinstance(bucket, PrefillBucket):

@@ -13,10 +13,11 @@ from compile.buckets import DecodeBucket, PrefillBucket
 from neuron_paged.models.config import ModelConfig
 from neuron_paged.models.tensor_parallel import Shard
 from nki_kernels import prefill_plan
+from nki_kernels.decode_planner import DecodePlanner
 from nki_kernels.decode_support import DecodeProblem
 from nki_kernels.hardware import NUM_PARTITIONS
 from nki_kernels.paged_attention_prefill import check_paged_attention_prefill
-from nki_kernels.plan import fits, plan_decode
+from nki_kernels.plan import DecodePlan, PlanOverflowError
 from nki_kernels.plan_shape import PlanShape
 from nki_kernels.prefill_plan import ROW_TOKENS, plan_prefill
 
@@ -127,20 +128,43 @@ class DecodePlans(NamedTuple):
     tables: dict[int, Int32Array]
 
 
-def plan_decode_rows(
-    model: GraphModel, bucket: DecodeBucket, block_table: Int32Array, context_lens: Int32Array
-) -> DecodePlans | None:
-    """Plans of rows with one query token each; None if the bucket is too small for them."""
-    shape, layout = decode_shape(model, bucket), model.decode_problem.layout(model.num_blocks)
-    if not all(fits(context_lens, layout, shape, sliding_window=window) for window in model.windows):
-        return None
-    plans = {w: plan_decode(block_table, context_lens, layout, shape, sliding_window=w) for w in model.windows}
-    full = max(int((plan.pair_seq[0, : shape.full_folds] >= 0).sum()) for plan in plans.values())
-    mixed = max(int((plan.slab_len > 0).any(axis=0).sum()) for plan in plans.values())
-    # What `even` adds to a bucket is no need of it.
-    full, mixed = min(full, bucket.full_folds), min(mixed, bucket.mixed_folds)
-    need = DecodeBucket(len(context_lens), full, mixed, bucket.seqs_per_fold)
-    return DecodePlans(need, {window: plan.table for window, plan in plans.items()})
+class DecodeRowsPlanner:
+    """Plans of rows with one query token each, step by step, for one bucket.
+
+    Tables are valid until the next plans are asked for, which may be written over them.
+    """
+
+    def __init__(self, model: GraphModel, bucket: DecodeBucket) -> None:
+        self.bucket, self._shape = bucket, decode_shape(model, bucket)
+        layout = model.decode_problem.layout(model.num_blocks)
+        self._planners = {w: DecodePlanner(layout, self._shape, sliding_window=w) for w in model.windows}
+
+    def advance(self, block_table: Int32Array, context_lens: Int32Array) -> DecodePlans | None:
+        """Plans of rows that went on by a token each since the last ones; None for others, or if no plan that is made
+        from the last one fits."""
+        unlimited = self._planners.get(0)
+        if unlimited is None or (plan := unlimited.advance(block_table, context_lens)) is None:
+            return None
+        return self._plans(block_table, context_lens, {0: plan})
+
+    def plan(self, block_table: Int32Array, context_lens: Int32Array) -> DecodePlans | None:
+        """Plans of any rows; None if the bucket is too small for them."""
+        return self._plans(block_table, context_lens, {})
+
+    def _plans(
+        self, block_table: Int32Array, context_lens: Int32Array, made: dict[int, DecodePlan]
+    ) -> DecodePlans | None:
+        try:
+            rest = {w: p.plan(block_table, context_lens) for w, p in self._planners.items() if w not in made}
+        except PlanOverflowError:
+            return None
+        plans = [*made.values(), *rest.values()]
+        full = max(int((plan.pair_seq[0, : self._shape.full_folds] >= 0).sum()) for plan in plans)
+        mixed = max(int((plan.slab_len > 0).any(axis=0).sum()) for plan in plans)
+        # What `even` adds to a bucket is no need of it.
+        full, mixed = min(full, self.bucket.full_folds), min(mixed, self.bucket.mixed_folds)
+        need = DecodeBucket(len(context_lens), full, mixed, self.bucket.seqs_per_fold)
+        return DecodePlans(need, {w: plan.table for w, plan in (made | rest).items()})
 
 
 def prefill_need(model: GraphModel, num_tokens: int, context_len: int) -> PrefillBucket:

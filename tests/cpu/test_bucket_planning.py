@@ -48,7 +48,7 @@ from neuron_paged.planning.replay import Chunk, Step, replay
 from neuron_paged.planning.schemes import Scheme, replay_scheme, table_scheme
 from neuron_paged.planning.step_cost import StepCost, step_cost
 from neuron_paged.planning.trace import FIELDS, TraceRequest, read_trace, write_trace
-from nki_kernels.plan import fits, smallest_shape
+from nki_kernels.plan import plan_decode, smallest_shape
 
 TRACES = Path(__file__).resolve().parents[2] / "examples" / "traces"
 MODEL_CONFIG = {
@@ -207,7 +207,8 @@ def test_a_need_is_the_kernels_own_plan(name: str, lens: list[int]) -> None:
         num_cores=rank.num_cores,
     )  # fmt: skip
     assert rank.plan_shape(need) == shape
-    assert fits(context_lens, rank.problem.layout(9000), shape, sliding_window=rank.sliding_window)
+    table = np.ones((len(lens), -(-max(lens) // rank.block_size)), np.int32)
+    plan_decode(table, context_lens, rank.problem.layout(2), shape, sliding_window=rank.sliding_window, check=True)
 
 
 @settings(max_examples=60, deadline=None)

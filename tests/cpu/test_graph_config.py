@@ -24,7 +24,7 @@ from neuron_paged.engine.graph_buckets import default_buckets, named_buckets
 from neuron_paged.engine.make_executor import make_executor
 from neuron_paged.engine.rank_pool import RankPool
 from neuron_paged.errors import ConfigError, GraphError
-from neuron_paged.models.graph_plans import GraphModel, plan_decode_rows, prefill_need, table_shape
+from neuron_paged.models.graph_plans import DecodeRowsPlanner, GraphModel, prefill_need, table_shape
 from neuron_paged.models.llama import LlamaModel
 from tests.xla.family_models import family_config
 
@@ -105,18 +105,18 @@ def test_default_planned_ladders_hold_a_sequence_of_any_length(sizes: tuple[int,
     decode = [b for b in buckets if isinstance(b, DecodeBucket)]
     for context_len in {1, length // 2 + 1, length}:
         lens = np.array([context_len], np.int32)
-        assert any(plan_decode_rows(model, bucket, table, lens) for bucket in decode)
+        assert any(DecodeRowsPlanner(model, bucket).plan(table, lens) for bucket in decode)
     assert max(bucket.num_seqs for bucket in decode) <= seqs and len(buckets) <= 60
 
 
 def test_planned_bucket_needs_what_the_kernels_plan_uses() -> None:
     model, _ = model_and_limits(4, 128, 8192, 16)
     table = np.arange(1, 3 * 512 + 1, dtype=np.int32).reshape(3, 512)
-    plans = plan_decode_rows(model, DecodeBucket(4, 8, 4, 2), table, np.array([8192, 2048, 40], np.int32))
+    plans = DecodeRowsPlanner(model, DecodeBucket(4, 8, 4, 2)).plan(table, np.array([8192, 2048, 40], np.int32))
     assert plans is not None and plans.need == DecodeBucket(3, 5, 1, 2)  # 2048 tokens of 16 per slab fill a fold
     assert plans.tables[0].shape == table_shape(model, DecodeBucket(4, 8, 4, 2))
-    assert plan_decode_rows(model, DecodeBucket(4, 0, 4, 2), table[:1], np.array([8192], np.int32)) is not None
-    assert plan_decode_rows(model, DecodeBucket(4, 0, 3, 2), table[:1], np.array([8192], np.int32)) is None
+    assert DecodeRowsPlanner(model, DecodeBucket(4, 0, 4, 2)).plan(table[:1], np.array([8192], np.int32)) is not None
+    assert DecodeRowsPlanner(model, DecodeBucket(4, 0, 3, 2)).plan(table[:1], np.array([8192], np.int32)) is None
 
 
 SIMULATOR = [

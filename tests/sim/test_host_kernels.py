@@ -9,7 +9,7 @@ from compile.buckets import DecodeBucket, PrefillBucket
 from compile.graph_spec import TensorSpec
 from compile.kernel_calls import KernelCall
 from neuron_paged.models.config import ModelConfig, RopeConfig
-from neuron_paged.models.graph_plans import GraphModel, plan_decode_rows, plan_prefill_chunk, plan_shape
+from neuron_paged.models.graph_plans import DecodeRowsPlanner, GraphModel, plan_prefill_chunk, plan_shape
 from neuron_paged.ops.host_kernels import CPU_KERNELS, as_array, simulated_kernels
 from nki_kernels.plan import plan_decode, smallest_shape
 from nki_kernels.plan_shape import SlabLayout
@@ -113,7 +113,7 @@ def test_plans_of_a_graphs_model_for_two_cores_give_what_one_core_gives(num_kv_h
     model = GraphModel(config, "float32", 512, 16, 24, "float32", num_cores=2)
     cache, table = random(24, num_kv_heads, 2, 16, 64), np.arange(1, 24, dtype=np.int32)[None]
     decode, prefill = DecodeBucket(1, 1, 1, 1), PrefillBucket(200, 1)
-    plans = plan_decode_rows(model, decode, table, np.array([300], np.int32))
+    plans = DecodeRowsPlanner(model, decode).plan(table, np.array([300], np.int32))
     assert plans is not None and plans.need == DecodeBucket(1, 0, 1, 1)
     steps = [
         ("decode_plan", 1, plan_shape(model, decode), plans.tables[0]),
