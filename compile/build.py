@@ -178,7 +178,7 @@ class Build:
         def done(bucket: str, files: Files | None, error: str) -> None:
             if files is None:
                 failures[bucket] = error.removeprefix(f"{bucket}: ")
-                self.on_event("failed", bucket, error)
+                self.on_event("failed", bucket, failures[bucket])
             else:
                 content = {**_without_cost(lowered[bucket]).files(), **files}
                 graphs[bucket] = publish_graph(self.store, self.fields, bucket, content)

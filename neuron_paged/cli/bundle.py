@@ -84,7 +84,7 @@ def _ls(args: argparse.Namespace) -> int:
         if rows:
             print(
                 table(
-                    ["bundle", "target", "compiler", "model", "graphs", "MiB", "built"],
+                    ["bundle", "target", "compiler", "ranks", "model", "graphs", "MiB", "built"],
                     [list(r.values()) for r in rows],
                 )
             )
@@ -102,6 +102,7 @@ def _row(bundle: "Bundle") -> dict[str, Any]:
         "key": bundle.key[:12],
         "target": fields.get("target"),
         "compiler": fields.get("compiler"),
+        "ranks": fields.get("tensor_parallel"),
         "model": bundle.built.get("model"),
         "graphs": len(bundle.graphs),
         "mib": bundle.num_bytes / 2**20,

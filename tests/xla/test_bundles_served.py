@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from compile.bundle import differences
 from compile.bundle_store import list_bundles, read_graph
+from compile.lowered_graph import LoweredGraph
 from compile.store import open_store
 from neuron_paged.cli import main
+from tests.xla.test_tensor_parallel_graphs import replica_groups
 from tests.xla.tiny_checkpoint import save_tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -165,3 +168,40 @@ def test_bad_input_is_one_line(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and says in lines[0]
     assert not (tmp_path / "s").exists()
+
+
+def test_graphs_of_tensor_parallel_ranks(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    location = tmp_path / "store"
+    common = ["compile", "--model", str(model), "--target", "trn2", "--compiler", STAND_IN, *SETTINGS]
+    for size in (1, 2):
+        words = ["--store", str(location), "--buckets", BUCKETS[0], "--tensor-parallel", str(size)]
+        assert main([*common, *words]) == 0
+    whole, part = sorted(list_bundles(open_store(location))[0], key=lambda bundle: bundle.fields["tensor_parallel"])
+    assert differences(whole.fields, part.fields) == ["tensor_parallel: 1 → 2"] and whole.key != part.key
+    groups = []
+    for bundle in (whole, part):
+        graph = LoweredGraph.from_files(read_graph(open_store(location), bundle.graphs[BUCKETS[0]]))
+        groups.append(replica_groups(graph))
+        cache = next(iter(graph.manifest.by_role("state")))
+        assert cache.shape[1] == 2 // bundle.fields["tensor_parallel"]  # KV heads of a rank
+    assert groups == [[], [[0, 1]] * (2 * 2 + 2)]  # per layer two, embedding and head
+    assert main([*common, "--store", str(location), "--tensor-parallel", "3"]) == 2
+    assert "need one of 1, 2, 4" in capsys.readouterr().err
+    done = generate(model, tmp_path / "x", "--bundle", str(location), "--no-compile", "--tensor-parallel-size", "2")
+    assert done.returncode == 2 and "runs the graphs of one process only" in done.stderr
+    for path in location.glob("bundles/*"):
+        path.unlink() if whole.key in path.name else None
+    done = generate(model, tmp_path / "x", "--bundle", str(location), "--no-compile")
+    assert done.returncode == 2 and "tensor_parallel: 2 → 1" in done.stderr and "target: trn2 → cpu" in done.stderr
+
+
+def test_a_bucket_that_fails_leaves_the_others(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["compile", "--model", str(model), "--target", "cpu", "--store", str(tmp_path), *SETTINGS]
+    broken = "prefill_table-1x16x900000000000"  # no memory holds its attention
+    words += ["--graph-kernels", "plain"]
+    assert main([*words, "--buckets", BUCKETS[0], broken, "--json", str(tmp_path / "out.json")]) == 1
+    error = capsys.readouterr().err
+    assert f"  {broken}: " in error and "1 of 2 graphs failed" in error
+    assert list(json.loads((tmp_path / "out.json").read_text())["failed"]) == [broken]
+    assert main([*words, "--buckets", BUCKETS[0]]) == 0
+    assert f"[1/1] {BUCKETS[0]} finished" in capsys.readouterr().err
