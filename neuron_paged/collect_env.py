@@ -22,7 +22,8 @@ PACKAGES = (
 NEURON_PACKAGES = (
     "nki", "neuronx-cc", "torch-neuronx", "torch-xla", "libneuronxla", "nrtpy", "aws-neuronx-runtime-discovery",
 )  # fmt: skip
-REQUIRED_FOR_NEURON = ("neuronx-cc", "torch-neuronx")
+# What executor neuron needs: packages that compile and run graphs at start, and the one that runs a bundle's NEFFs.
+COMPILING_PACKAGES, SERVING_PACKAGE = ("neuronx-cc", "torch-neuronx"), "nrtpy"
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,18 @@ def neuron_devices(dev: Path = Path("/dev")) -> list[str]:
 
 
 def choose_backend(devices: list[str], neuron_packages: dict[str, str | None]) -> Backend:
-    """The backend a run uses on this machine."""
+    """The backend a run uses on this machine unless it names another executor."""
     if not devices:
         return Backend("cpu", "no /dev/neuron* device on this machine")
-    missing = [name for name in REQUIRED_FOR_NEURON if neuron_packages.get(name) is None]
-    if missing:
-        return Backend("cpu", f"{len(devices)} Neuron device(s) found, but {' and '.join(missing)} not installed")
-    return Backend("cpu", f"{len(devices)} Neuron device(s) found; this version has no Neuron executor yet")
+    ways = []
+    if neuron_packages.get(SERVING_PACKAGE) is not None:
+        ways.append("--executor neuron --bundle")
+    if all(neuron_packages.get(name) is not None for name in COMPILING_PACKAGES):
+        ways.append("--executor neuron")
+    if not ways:
+        need = f"neither {SERVING_PACKAGE} nor {' and '.join(COMPILING_PACKAGES)} installed"
+        return Backend("cpu", f"{len(devices)} Neuron device(s) found, but {need}")
+    return Backend("cpu", f"{len(devices)} Neuron device(s) found, which {' and '.join(ways)} use")
 
 
 def collect_env() -> dict[str, Any]:
@@ -106,7 +112,9 @@ def collect_env() -> dict[str, Any]:
             "neuron-paged"
         )
     system = system_versions()
-    problems += version_problems(compiler=neuron_packages["neuronx-cc"], nki=neuron_packages["nki"], **system)
+    problems += version_problems(
+        compiler=neuron_packages["neuronx-cc"], nki=neuron_packages["nki"], nrtpy=neuron_packages["nrtpy"], **system
+    )
     memory = memory_bytes()
     return {
         "neuron_paged": __version__,

@@ -46,10 +46,6 @@ def neuron_machine() -> NeuronMachine:
 
 def compiler_problems(compiler: str) -> list[str]:
     """Why a bundle's NEFFs may not load on this machine. compiler: the bundle's field, "neuronx-cc 2.27.5334.0"."""
-    version = compiler.removeprefix("neuronx-cc ")
-    system = system_versions()
-    nrtpy = package_versions(("nrtpy",))["nrtpy"]
-    return [
-        *version_problems(**system, compiler=None, nki=None),
-        *neff_problems(version, runtime=system["runtime"], nrtpy=nrtpy),
-    ]
+    system, packages = system_versions(), package_versions(("nki", "nrtpy"))
+    here = version_problems(**system, compiler=None, nki=packages["nki"], nrtpy=packages["nrtpy"])
+    return [*here, *neff_problems(compiler.removeprefix("neuronx-cc "), system["runtime"])]

@@ -6,6 +6,7 @@ Reads package databases and /sys, and never loads a Neuron library: loading one 
 
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 from compile.neuronx_cc_flags import SDK_OF_COMPILER, compiler_version
@@ -44,7 +45,9 @@ def _package_version(package: str) -> str | None:
     return None
 
 
-def version_problems(*, driver: str | None, runtime: str | None, compiler: str | None, nki: str | None) -> list[str]:
+def version_problems(
+    *, driver: str | None, runtime: str | None, compiler: str | None, nki: str | None, nrtpy: str | None
+) -> list[str]:
     """What can't work together, one line each; versions that are absent or can't be read are passed over."""
     problems = []
     driver_numbers, runtime_numbers = _numbers(driver), _numbers(runtime)
@@ -67,24 +70,28 @@ def version_problems(*, driver: str | None, runtime: str | None, compiler: str |
             problems.append(
                 f"nki {nki} belongs to SDK {nki_sdk}, neuronx-cc {compiler} to SDK {sdk}; install both from one SDK"
             )
-    return problems
-
-
-def neff_problems(compiler: str, *, runtime: str | None, nrtpy: str | None) -> list[str]:
-    """Why a NEFF of this neuronx-cc may not load here, one line each; versions that can't be read are passed over."""
-    problems = []
-    compiler_numbers, runtime_numbers, nrtpy_numbers = _numbers(compiler), _numbers(runtime), _numbers(nrtpy)
-    if compiler_numbers and runtime_numbers:
-        made = SDK_OF_COMPILER.get(".".join(map(str, compiler_numbers)))
-        here = SDK_OF_RUNTIME.get(".".join(map(str, runtime_numbers)))
-        if made and here and compiler_version(made + ".0") > compiler_version(here + ".0"):
-            problems.append(
-                f"compiler: neuronx-cc {compiler} (SDK {made}) → runtime {runtime} (SDK {here}), which is older; "
-                "update aws-neuronx-runtime-lib or compile with that SDK"
-            )
+    nrtpy_numbers = _numbers(nrtpy)
     if runtime_numbers and nrtpy_numbers and runtime_numbers != nrtpy_numbers:
         problems.append(f"nrtpy {nrtpy} with runtime {runtime}: their versions must match; install both from one SDK")
+    if nrtpy is not None and nki is not None:
+        problems.append("nrtpy and nki in one environment: their wheels conflict; compile in one, serve in another")
     return problems
+
+
+def neff_problems(compiler: str, runtime: str | None) -> list[str]:
+    """Why a NEFF of this neuronx-cc may not load with this runtime; versions that can't be read are passed over."""
+    made, here = _sdk(SDK_OF_COMPILER, compiler), _sdk(SDK_OF_RUNTIME, runtime)
+    if made is None or here is None or compiler_version(f"{made}.0") <= compiler_version(f"{here}.0"):
+        return []
+    return [
+        f"compiler: neuronx-cc {compiler} (SDK {made}) → runtime {runtime} (SDK {here}), which is older; update "
+        "aws-neuronx-runtime-lib or compile with that SDK"
+    ]
+
+
+def _sdk(releases: Mapping[str, str], version: str | None) -> str | None:
+    numbers = _numbers(version)
+    return None if numbers is None else releases.get(".".join(map(str, numbers)))
 
 
 def _numbers(version: str | None) -> tuple[int, ...] | None:

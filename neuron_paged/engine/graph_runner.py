@@ -85,6 +85,7 @@ class GraphRunner(GraphChain):
         if self.runtime.is_host_memory:
             yield
             return
+        self.graph_stats.fallbacks["host"] += 1
         self._read_caches()
         yield
         for spec, cache in zip(self._specs, self._eager.kv_caches, strict=True):

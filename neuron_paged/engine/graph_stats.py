@@ -15,7 +15,8 @@ class GraphStats:
     bucket name. fallbacks: "larger" (a decode step ran in a prefill bucket), "split" (rows in several graphs), "chunk"
     (a prompt chunk in several graphs), "eager" (nothing fits: the model's step runs without a graph, on executors xla
     and neuron in a graph made for it), "sampling" (tokens drawn from a graph's logits by the eager sampler),
-    "prompt_logprobs" (a step whose prompt logprobs graphs don't have, run as "eager" as a whole). padding: elements
+    "prompt_logprobs" (a step whose prompt logprobs graphs don't have, run as "eager" as a whole), "host" (all of a
+    device's caches went to the host and back, for one of these or to copy blocks). padding: elements
     added per dimension of a bucket; needed: elements that were wanted.
     """
 

@@ -68,8 +68,11 @@ class LLM:
         cache, scheduler = split_settings(engine_settings)
         if bundle is not None and executor == "eager":
             executor = "hlo-cpu"
-        graphs = replace(
-            _graph_config(executor, graph_buckets, graph_kernels, graph_python),
+        graphs = GraphConfig(
+            executor,
+            _bucket_names(graph_buckets),
+            graph_kernels,
+            None if graph_python is None else Path(graph_python),
             bundle=None if bundle is None else str(bundle),
             allow_compiling=not no_compile,
         )
@@ -331,14 +334,13 @@ def split_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
     return cache, scheduler
 
 
-def _graph_config(executor: Any, buckets: Sequence[str] | None, kernels: Any, python: str | Path | None) -> GraphConfig:
-    if buckets is not None:
-        from neuron_paged.engine.graph_buckets import named_buckets
+def _bucket_names(buckets: Sequence[str] | None) -> tuple[str, ...] | None:
+    if buckets is None:
+        return None
+    from neuron_paged.engine.graph_buckets import named_buckets
 
-        named_buckets(buckets)  # wrong names show before a model is loaded
-    return GraphConfig(
-        executor, None if buckets is None else tuple(buckets), kernels, None if python is None else Path(python)
-    )
+    named_buckets(buckets)  # wrong names show before a model is loaded
+    return tuple(buckets)
 
 
 def _as_list(name: str, values: Any) -> Sequence[Any]:

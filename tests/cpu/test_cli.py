@@ -98,7 +98,7 @@ def test_doctor_reports_versions_devices_and_backend(tmp_path: Path) -> None:
 def test_doctor_never_imports_vendor_packages() -> None:
     code = (
         "import sys; from neuron_paged.cli import main; main(['doctor'])\n"
-        "sys.exit(bool({'torch', 'nki', 'neuronxcc', 'torch_neuronx', 'torch_xla', 'libneuronxla'} & set(sys.modules)))"
+        "sys.exit(bool({'torch', 'nki', 'neuronxcc', 'torch_neuronx', 'torch_xla', 'nrtpy'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment()).returncode == 0
 
@@ -110,8 +110,9 @@ def test_backend_choice_names_the_reason(tmp_path: Path) -> None:
     devices = neuron_devices(tmp_path)
     assert [Path(device).name for device in devices] == ["neuron0", "neuron1"]
     packages: dict[str, str | None] = {"neuronx-cc": "2.0", "torch-neuronx": None}
-    assert "torch-neuronx not installed" in choose_backend(devices, packages).reason
-    assert "no Neuron executor" in choose_backend(devices, {"neuronx-cc": "2", "torch-neuronx": "2"}).reason
+    assert "but neither nrtpy nor neuronx-cc and torch-neuronx installed" in choose_backend(devices, packages).reason
+    assert "which --executor neuron --bundle use" in choose_backend(devices, packages | {"nrtpy": "2.34"}).reason
+    assert "which --executor neuron use" in choose_backend(devices, packages | {"torch-neuronx": "2.9"}).reason
 
 
 def test_reported_variables_mask_secrets(monkeypatch: pytest.MonkeyPatch) -> None:

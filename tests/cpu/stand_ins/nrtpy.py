@@ -4,8 +4,8 @@ runs on XLA:CPU. Nothing that AWS's pages don't document is offered.
 
 A "device" keeps tensors as arrays of its own. It is stricter than the pages: names, sizes, shapes and cores must match,
 an aliased output must be its input's tensor, and the memory of results holds 0xFF until the NEFF ran.
-STAND_IN_DEVICE ("trn2/2": target/LNC) refuses NEFFs of other ones; STAND_IN_FAULT ("execute:3", "allocate:5") fails at
-the n-th call from then on only once; STAND_IN_CALLS, if set, names a file that gets a line per execution.
+STAND_IN_DEVICE ("trn2/2": target/LNC) refuses NEFFs of other ones; STAND_IN_FAULT ("execute:3", "allocate:5") fails the
+n-th call since it was set; STAND_IN_CALLS, if set, names a file that gets a line per execution.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ import numpy as np
 
 MAGIC = b"STAND-IN NEFF "
 _active = False
+_resets = 0
 _calls: dict[str, int] = {}
 
 
@@ -40,11 +41,19 @@ def configure(visible_cores: Iterable[int] | None = None) -> None:
         raise RuntimeError("the runtime is active; call reset() first")
 
 
+def reset() -> None:
+    global _active, _resets
+    _active, _resets = False, _resets + 1
+    _calls.clear()
+
+
 def _fault(kind: str, status: str) -> None:
     """Fail if this is the call that STAND_IN_FAULT names."""
-    _calls[kind] = _calls.get(kind, 0) + 1
-    if os.environ.get("STAND_IN_FAULT") == f"{kind}:{_calls[kind]}":
-        raise NrtError(f"NRT Error {status}: Failed to {kind}")
+    fault = os.environ.get("STAND_IN_FAULT", "")
+    if fault.startswith(kind):
+        _calls[fault] = _calls.get(fault, 0) + 1
+        if fault == f"{kind}:{_calls[fault]}":
+            raise NrtError(f"NRT Error {status}: Failed to {kind}")
 
 
 class _Singleton:
@@ -61,7 +70,7 @@ class NrtpyTensor:
         self._memory = tensor_ref
         self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
         self.dtype, self.name = np.dtype(dtype), name
-        self._core_id = 0
+        self._core_id, self._resets = 0, _resets
 
     @classmethod
     def from_numpy(cls, array: np.ndarray, name: str | None = None, core_id: int = 0) -> "NrtpyTensor":
@@ -74,7 +83,7 @@ class NrtpyTensor:
         return tensor
 
     def _bytes(self) -> bytearray:
-        if self._memory is None:
+        if self._memory is None or self._resets != _resets:
             raise NrtpyError("the tensor was freed")
         return self._memory
 
