@@ -70,7 +70,7 @@ def add_graph_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--executor", choices=EXECUTORS, default="eager",
         help="eager runs steps as they come; hlo-cpu lowers the model into a static graph per bucket, as for a device, "
-        "and runs those on XLA:CPU (default: eager)",
+        "and runs those on XLA:CPU; neuron runs on a Neuron device, with --bundle its NEFFs (default: eager)",
     )  # fmt: skip
     group.add_argument(
         "--graph-bucket", action="append", metavar="NAME",
