@@ -2,9 +2,11 @@
 """Which buckets an engine compiles when nobody says: ladders from its limits."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from compile.buckets import (
     FOLD_SLABS,
+    BucketGrid,
     DecodeBucket,
     PrefillBucket,
     bucket_of_name,
@@ -32,12 +34,12 @@ _SEQS_PER_FOLD = 8
 def default_buckets(model: GraphModel, limits: SchedulerConfig, *, planned: bool) -> list[GraphBucket]:
     """Buckets for whatever a scheduler of these limits makes: decode rows by number and context, and prompt chunks.
 
-    planned: attention through the kernels' plans, else from block tables. Planned buckets that hold more folds than the
-    kernel's SBUF are left out; batches that need them are split.
+    Of each kind the cheapest first. planned: attention through the kernels' plans, else from block tables. Planned
+    buckets that hold more folds than the kernel's SBUF are left out; batches that need them are split.
     """
     seqs = ladder(min(_MIN_SEQS, limits.max_num_seqs), limits.max_num_seqs, growth=_SEQS_GROWTH)
     if planned:
-        return [*_planned_decode(model, limits, seqs), *_planned_prefill(model, limits)]
+        return [*BucketGrid(_planned_decode(model, limits, seqs)), *_planned_prefill(model, limits)]
     max_blocks = -(-limits.max_model_len // model.block_size)
     widths = ladder(min(_MIN_BLOCKS, max_blocks), max_blocks, growth=_CONTEXT_GROWTH)
     max_tokens = max(limits.max_num_batched_tokens, limits.max_num_seqs)
@@ -71,17 +73,25 @@ def _planned_prefill(model: GraphModel, limits: SchedulerConfig) -> list[Prefill
 
 
 def named_buckets(names: Sequence[str]) -> list[GraphBucket]:
-    """Buckets by name, or all those of a file of grids (NAME.json); each once. Raises ConfigError."""
+    """Buckets by name, or all those of a file of grids (NAME.json); each once. Raises ConfigError.
+
+    Of each kind the cheapest first: by the modelled times of files (cost_us) if they have all of them, else by work.
+    """
     if isinstance(names, str) or not names:
         raise ConfigError(f"graph_buckets: got {names!r}, need a list of names such as 'decode-8x0x4x2'.")
-    buckets: dict[GraphBucket, None] = {}
+    costs: dict[Any, float | None] = {}
     for name in names:
         try:
             if name.endswith(".json"):
-                found = [bucket for grid in load_buckets(name).grids.values() for bucket in grid]
+                for grid in load_buckets(name).grids.values():
+                    costs.update({bucket: None if grid.costs is None else grid.costs[bucket] for bucket in grid})
             else:
-                found = [bucket_of_name(name)]
+                costs.setdefault(bucket_of_name(name), None)
         except (ValueError, OSError) as error:
             raise ConfigError(f"graph_buckets: {error}") from error
-        buckets |= dict.fromkeys(found)
-    return list(buckets)
+    buckets: list[GraphBucket] = []
+    for kind in dict.fromkeys(bucket.KIND for bucket in costs):
+        found: list[GraphBucket] = [bucket for bucket in costs if bucket.KIND == kind]
+        known: dict[GraphBucket, float] = {bucket: cost for bucket in found if (cost := costs[bucket]) is not None}
+        buckets += BucketGrid(found, known if len(known) == len(found) else None)
+    return buckets

@@ -36,7 +36,10 @@ class Division(NamedTuple):
 
 
 class GraphFits:
-    """Grids by kind, and the choice among them. The inputs of a fit may be written over when the next is found."""
+    """Grids by kind, and the choice among them. buckets: of each kind the cheapest first, as they are tried.
+
+    The inputs of a fit may be written over when the next is found.
+    """
 
     def __init__(self, model: GraphModel, buckets: Sequence[GraphBucket]) -> None:
         self._model = model
@@ -47,7 +50,7 @@ class GraphFits:
         self._prefill_tables: BucketGrid[PrefillTableBucket] | None = _grid(buckets, PrefillTableBucket)
 
     def find(self, rows: PackedRows) -> Fit | None:
-        """The cheapest bucket of the first kind that holds the rows; None if none does."""
+        """The first bucket of the first kind that holds the rows; None if none does."""
         width = rows.num_blocks(self._model.block_size)
         if rows.is_decode:
             found = self._find_decode(rows, width)
@@ -130,4 +133,4 @@ class GraphFits:
 
 def _grid(buckets: Sequence[GraphBucket], kind: type) -> Any:
     found = [bucket for bucket in buckets if isinstance(bucket, kind)]
-    return BucketGrid(found) if found else None
+    return BucketGrid(found, {bucket: place for place, bucket in enumerate(found)}) if found else None

@@ -2,6 +2,8 @@
 """Settings of graph executors: what can't work is refused by name before a model is loaded; default ladders hold
 whatever the scheduler may make."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -21,7 +23,9 @@ from neuron_paged import LLM
 from neuron_paged.cli import main
 from neuron_paged.config import CacheConfig, EngineConfig, GraphConfig, SchedulerConfig
 from neuron_paged.engine.graph_buckets import default_buckets, named_buckets
+from neuron_paged.engine.graph_fits import GraphFits
 from neuron_paged.engine.make_executor import make_executor
+from neuron_paged.engine.packed_rows import PackedRows, SamplingArrays
 from neuron_paged.engine.rank_pool import RankPool
 from neuron_paged.errors import ConfigError, GraphError
 from neuron_paged.models.graph_plans import DecodeRowsPlanner, GraphModel, prefill_need, table_shape
@@ -67,7 +71,20 @@ def test_buckets_by_name_and_by_file(tmp_path) -> None:
     assert [bucket.name for bucket in buckets] == NAMES
     File({"decode_table": decode_table_grid([1, 2], [4])}).save(tmp_path / "grids.json")
     found = named_buckets([NAMES[0], str(tmp_path / "grids.json")])
-    assert found == [DecodeTableBucket(8, 16), DecodeTableBucket(1, 4), DecodeTableBucket(2, 4)]
+    assert found == [DecodeTableBucket(1, 4), DecodeTableBucket(2, 4), DecodeTableBucket(8, 16)]
+
+
+def test_rows_take_the_bucket_that_a_files_times_say_is_cheapest(tmp_path: Path) -> None:
+    model, _ = model_and_limits(4, 128, 2048, 16)
+    few_folds, many_folds = DecodeBucket(4, 0, 2, 4), DecodeBucket(4, 0, 4, 1)  # two of four rows, or one of each
+    assert few_folds.work < many_folds.work
+    one = np.ones(1, np.int32)
+    rows = PackedRows(one, one, one, one[None], one, np.array([0, 1], np.int32), one - 1, SamplingArrays.greedy(1))
+    for costs, cheapest in (({few_folds: 9.0, many_folds: 5.0}, many_folds), (None, few_folds)):
+        File({"decode": BucketGrid([few_folds, many_folds], costs)}).save(tmp_path / "grids.json")
+        buckets = named_buckets([str(tmp_path / "grids.json")])
+        fit = GraphFits(model, buckets).find(rows)
+        assert buckets[0] == cheapest and fit is not None and fit.bucket == cheapest
 
 
 CONFIG = family_config("llama")
