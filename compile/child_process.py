@@ -10,8 +10,8 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-# Variables of the parent that would change what torch_xla traces or where it runs.
-_DROPPED_PREFIXES = ("XLA_", "PJRT_", "NEURON_", "TORCH_XLA", "TPU_")
+# Variables of the parent that would change what torch_xla traces or where it runs, or what nki makes of a kernel.
+_DROPPED_PREFIXES = ("XLA_", "PJRT_", "NEURON_", "NKI_", "TORCH_XLA", "TPU_")
 
 _POLL_S = 0.25
 

@@ -2,10 +2,11 @@
 """Rules of graph lint about a whole graph: aliases, parameters, constants, kernels, size."""
 
 import math
+from collections import Counter
 from collections.abc import Callable
 
 from compile.hlo import Computation, Instruction, Module
-from compile.kernel_calls import KERNEL_TARGET, is_stand_in
+from compile.kernel_calls import KERNEL_TARGET, KernelCall, is_stand_in, kernel_file
 from compile.lint_findings import Finding, Target
 from compile.lowered_graph import LoweredGraph
 from compile.protobuf import integers, read_fields
@@ -78,14 +79,17 @@ def _large_constants(module: Module, graph: LoweredGraph, target: Target) -> lis
     ]  # fmt: skip
 
 
+def _call_of(instruction: Instruction, graph: LoweredGraph) -> KernelCall | None:
+    return graph.manifest.kernels.get(instruction.backend_config.decode(errors="replace"))
+
+
 def _kernels(module: Module, graph: LoweredGraph, target: Target) -> list[Finding]:
     found = []
     for i in module.custom_calls():
         if i.custom_call_target != KERNEL_TARGET:
             continue
         source = graph.sources.get(i.id, "")
-        config = i.backend_config.decode(errors="replace")
-        call = graph.manifest.kernels.get(config)
+        call = _call_of(i, graph)
         if call is None:
             what = "the manifest has no kernel with this config"
             found.append(Finding("kernel", "error", what, "its artifacts are unknown (NCC_EVRF059)", i.name, source))
@@ -93,10 +97,23 @@ def _kernels(module: Module, graph: LoweredGraph, target: Target) -> list[Findin
         if is_stand_in(i.backend_config):
             what = f"{call.name} is a stand-in: lower with the kernel compiler of a Neuron SDK"
             found.append(Finding("stand-in-kernel", "warning", what, "no NKI compiler made it", i.name, source))
+        else:
+            file = kernel_file(i.backend_config)
+            if file not in graph.artifacts:
+                what = f"{call.name}: its config names {file or 'no file'}, the graph brings {sorted(graph.artifacts)}"
+                reason = "neuronx-cc reads kernels from files (NCC_EVRF059)"
+                found.append(Finding("kernel-file", "error", what, reason, i.name, source))
         aliased = {(output or 0, operand) for output, operand in i.aliased_operands.items()}
         if aliased != set(call.aliases):
             what = f"{call.name} updates {sorted(call.aliases)} in place, the graph says {sorted(aliased)}"
             found.append(Finding("kernel-alias", "error", what, "the kernel would write elsewhere", i.name, source))
+    caches = [(spec.shape, spec.dtype) for spec in graph.manifest.by_role("state")]
+    calls = [call for i in module.custom_calls() if (call := _call_of(i, graph)) is not None]
+    counts = Counter(call.name for call in calls if any((o.shape, o.dtype) in caches for o in call.operands))
+    for name, count in counts.items():
+        if count % len(caches):
+            what = f"{count} calls of {name} for {len(caches)} caches"
+            found.append(Finding("kernel-count", "error", what, "layers do the same with their caches"))
     wrapped = [i.name for _, i in module.instructions() if i.opcode == "call"]
     if wrapped:
         what = f"{', '.join(wrapped)}: inline it"

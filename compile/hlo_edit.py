@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing and changing HLO: must-alias entries, in-place custom calls, calls inlined, 64-bit integers narrowed.
+"""Writing and changing HLO: must-alias entries, in-place custom calls and their configs, calls inlined, 64-bit integers
+narrowed.
 
 Works on serialised modules without XLA or a protobuf library. hlo.py owns the reading and says what the fields are.
 """
@@ -131,6 +132,23 @@ def _inlined(encoded: Field, wrapped: Mapping[int, Computation]) -> Field:
     taken = [f for f in callee.root.fields if f.number not in (1, 3, 7, 35, 36)]
     operands = b"".join(varint(arguments[number or 0]) for number in numbers)
     return Field(2, BYTES, write_fields([*kept, *taken, Field(36, BYTES, operands)]))
+
+
+def replace_backend_configs(hlo: bytes, configs: Mapping[str, str]) -> bytes:
+    """The module with other configs in its custom calls; configs: old → new, others stay."""
+    encoded = {old.encode(): new.encode() for old, new in configs.items()}
+
+    def exchanged(data: bytes, numbers: Sequence[int]) -> bytes:
+        """numbers: of the fields that lead to a config, computation (3) and instruction (2), then its own (43)."""
+        fields = []
+        for f in read_fields(data):
+            if f.number == numbers[0] and isinstance(f.value, bytes):
+                value = exchanged(f.value, numbers[1:]) if numbers[1:] else encoded.get(f.value, f.value)
+                f = f._replace(value=value)
+            fields.append(f)
+        return write_fields(fields)
+
+    return exchanged(hlo, (3, 2, 43))
 
 
 def normalise(hlo: bytes, name: str) -> bytes:

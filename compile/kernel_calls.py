@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
 from compile.graph_spec import TensorSpec
@@ -99,12 +100,26 @@ class StandInKernelCompiler:
         return KernelBlob(base64.b64encode(config.encode()).decode())
 
 
+def _decoded(backend_config: bytes) -> Mapping[str, Any]:
+    """Configs are base64 of JSON; {} for what is not."""
+    try:
+        config = json.loads(base64.b64decode(backend_config, validate=True))
+    except ValueError:
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
 def is_stand_in(backend_config: bytes) -> bool:
     """Whether the config was made by StandInKernelCompiler."""
-    try:
-        return "stand_in" in json.loads(base64.b64decode(backend_config, validate=True))
-    except (ValueError, TypeError):
-        return False
+    return "stand_in" in _decoded(backend_config)
+
+
+def kernel_file(backend_config: bytes) -> str | None:
+    """Where neuronx-cc looks for a kernel's file relative to where it was started: the last two parts of the path that
+    the config gives (documentation of NCC_EVRF059). None if the config names no file."""
+    binary = _decoded(backend_config).get("klir_binary")
+    path = binary.get("binary") if isinstance(binary, dict) else None
+    return "/".join(PurePosixPath(path).parts[-2:]) if isinstance(path, str) and path else None
 
 
 class RecordingKernelCompiler:

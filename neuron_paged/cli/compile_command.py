@@ -4,14 +4,15 @@
 Every bucket is one graph. What the store has already is not compiled again, so an interrupted run is just repeated, and
 several machines may run the same command on one s3:// store at the same time: they share the graphs among them.
 A graph that fails does not stop the others; the end lists what failed (exit code 1), and the next run tries only that.
-cpu: graphs run on this machine's kind of CPU (`generate --bundle STORE`). trn1, inf2, trn2, trn3: needs neuronx-cc.
+cpu: graphs run on this machine's kind of CPU (`generate --bundle STORE`). trn1, inf2, trn2, trn3: needs neuronx-cc, and
+nki 0.6 for graphs with this project's NKI kernels.
 """
 
 import argparse
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from neuron_paged.cli.arguments import (
     add_engine_arguments,
@@ -21,7 +22,7 @@ from neuron_paged.cli.arguments import (
     positive_int,
 )
 from neuron_paged.cli.output import check_json_target, write_json
-from neuron_paged.config import GRAPH_KERNELS, CacheConfig, SchedulerConfig
+from neuron_paged.config import CacheConfig, SchedulerConfig
 from neuron_paged.engine.llm import split_settings
 from neuron_paged.env import neuron_cc_flags
 from neuron_paged.errors import GraphError, InvalidRequestError
@@ -43,9 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "grids (default: ladders from the limits)",
     )  # fmt: skip
     parser.add_argument(
-        "--graph-kernels", choices=GRAPH_KERNELS, help="operators as custom calls to CPU kernels, or as plain "
-        "operations (default: cpu for target cpu, else plain)",
+        "--graph-kernels", choices=("cpu", "nki", "plain"), help="operators as custom calls to CPU kernels, or "
+        "to NKI kernels (Neuron targets; needs nki 0.6), or as plain operations (default: kernels, without nki plain)",
     )  # fmt: skip
+    parser.add_argument("--nki-python", metavar="PATH", help="interpreter that has nki (default: this one)")
     parser.add_argument("--graph-python", metavar="PATH", help="interpreter that has torch_xla (default: this one)")
     parser.add_argument("--tensor-parallel", type=positive_int, default=1, metavar="N", help="ranks (default: 1)")
     parser.add_argument("--dry-run", action="store_true", help="show key, buckets and what is missing, compile nothing")
@@ -86,6 +88,9 @@ def run(args: argparse.Namespace) -> int:
         plan = _plan(args)
         names = [bucket.name for bucket in plan.buckets]
         print(f"bundle {bundle_key(plan.fields, names)[:12]}: {len(names)} graphs for {args.target}", file=sys.stderr)
+        if plan.operators.note:
+            note = f"operators become plain operations, not NKI kernels ({plan.operators.note})"
+            print(f"{note}. --graph-kernels plain says so without this note.", file=sys.stderr)
         if args.dry_run:
             states = _finished(args.store, plan.fields, names)
             for name, finished in states.items():
@@ -131,7 +136,6 @@ def _plan(args: argparse.Namespace) -> "BuildPlan":
             f"--weight-dtype: got {args.weight_dtype!r}, graphs need auto: weights are in --dtype."
         )
     cache, scheduler = split_settings(engine_settings(args))
-    kernels: dict[Any, bool | None] = {None: None, "cpu": True, "plain": False}
     try:
         from compile.neuronx_cc_flags import parse_flags
 
@@ -145,6 +149,7 @@ def _plan(args: argparse.Namespace) -> "BuildPlan":
             executable=args.compiler,
             log_folder=Path(args.logs or "neuron-paged-logs"),
             allow_unknown=args.allow_unknown_compiler,
+            nki_python=None if args.nki_python is None else Path(args.nki_python),
         )
         return plan_build(
             args.model,
@@ -154,7 +159,7 @@ def _plan(args: argparse.Namespace) -> "BuildPlan":
             scheduler=SchedulerConfig(**{k: v for k, v in scheduler.items() if k != "max_model_len"}),
             max_model_len=scheduler.get("max_model_len"),
             buckets=args.buckets,
-            kernels=kernels[args.graph_kernels],
+            kernels=args.graph_kernels,
             tensor_parallel_size=args.tensor_parallel,
             python=None if args.graph_python is None else Path(args.graph_python),
             compiler=settings,

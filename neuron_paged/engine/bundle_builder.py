@@ -21,8 +21,9 @@ from compile.neuronx_cc_flags import Phase, canonical_flags, check_lnc, default_
 from compile.store import Store
 from neuron_paged import __version__
 from neuron_paged.config import CacheConfig, SchedulerConfig
+from neuron_paged.engine.bundle_kernels import Operators, cpu_operators, neuron_operators
 from neuron_paged.engine.cache_sizing import choose_num_blocks
-from neuron_paged.engine.graph_buckets import GraphBucket, default_buckets, named_buckets
+from neuron_paged.engine.graph_buckets import GraphBucket
 from neuron_paged.engine.graph_fields import cpu_fields, neuron_fields
 from neuron_paged.engine.graph_source import lower_buckets
 from neuron_paged.errors import ConfigError
@@ -45,7 +46,8 @@ class CompilerSettings:
 
     lnc: logical cores, None = the target's default. flags: words for both phases, after ours; environment_flags:
     NEURON_CC_FLAGS, before them. max_jobs, memory_bytes, timeout_s: see compile_graphs. executable: of the compiler.
-    log_folder: for what failed. allow_unknown: take a newer compiler for the newest known one.
+    log_folder: for what failed. allow_unknown: take a newer compiler for the newest known one. nki_python: interpreter
+    of an environment with nki, None = this one.
     """
 
     lnc: int | None = None
@@ -57,20 +59,24 @@ class CompilerSettings:
     executable: str = COMPILER
     log_folder: Path | None = None
     allow_unknown: bool = False
+    nki_python: Path | None = None
 
 
 @dataclass(frozen=True)
 class BuildPlan:
     """Everything settled before the first graph is lowered."""
 
-    model: GraphModel
-    buckets: tuple[GraphBucket, ...]
+    operators: Operators
     target: BuildTarget
-    kernels: bool
     fields: Fields
     backend: Backend
     python: Path | None = None
     built: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def buckets(self) -> tuple[GraphBucket, ...]:
+        """What is compiled."""
+        return self.operators.buckets
 
     def build(
         self,
@@ -96,7 +102,9 @@ class BuildPlan:
     def _lower(self, names: Sequence[str]) -> list[LoweredGraph]:
         by_name = {bucket.name: bucket for bucket in self.buckets}
         chosen = [by_name[name] for name in names]
-        graphs = lower_buckets(self.model, chosen, kernels=self.kernels, python=self.python)
+        operators = self.operators
+        graphs = lower_buckets(operators.model, chosen, kernels=operators.kind != "plain", python=self.python)
+        graphs = operators.link(graphs)
         linted_for: Target = "trn2" if self.target == "cpu" else self.target
         for graph in graphs:
             check_graph(graph, target=linted_for)
@@ -112,20 +120,18 @@ def plan_build(
     scheduler: SchedulerConfig,
     max_model_len: int | None = None,
     buckets: Sequence[str] | None = None,
-    kernels: bool | None = None,
+    kernels: str | None = None,
     tensor_parallel_size: int = 1,
     python: Path | None = None,
     compiler: CompilerSettings | None = None,
 ) -> BuildPlan:
     """Settle everything that can be settled without compiling.
 
-    buckets: names or files, None = ladders from the limits. kernels: custom calls for the operators; None = yes for
-    cpu, no for Neuron targets, for which this version has no kernel compiler: operators become plain operations.
+    buckets: names or files, None = ladders from the limits. kernels: what operators become, "cpu", "nki" or "plain";
+    None: see cpu_operators, neuron_operators.
     Raises ConfigError, ValueError (flags, lnc), CompileError (no compiler, unknown version), model errors.
     """
     settings = CompilerSettings() if compiler is None else compiler
-    if kernels and target != "cpu":
-        raise ConfigError("graph_kernels: got 'cpu', Neuron targets need 'plain': CPU kernels do not run there.")
     config, length = read_config(model, max_model_len)
     if target == "cpu" and tensor_parallel_size != 1:
         raise ConfigError(f"tensor_parallel: got {tensor_parallel_size} for target cpu, need 1: it is one device.")
@@ -146,10 +152,16 @@ def plan_build(
         cache = replace(cache, kv_cache_memory_bytes=DEFAULT_KV_CACHE_BYTES)
     num_blocks = choose_num_blocks(cache, scheduler, block_bytes, 2**62)
     graph_model = graph_model._replace(num_blocks=num_blocks)
-    with_kernels = target == "cpu" if kernels is None else kernels
-    planned = with_kernels and not graph_model.decode_problem.unsupported()
-    chosen = default_buckets(graph_model, scheduler, planned=planned) if buckets is None else named_buckets(buckets)
-    fields, backend = _backend(graph_model, target, with_kernels, settings)
+    if target == "cpu":
+        operators = cpu_operators(graph_model, scheduler, buckets, kernels)
+        fields, backend = _cpu_backend(operators)
+    else:
+        lnc = check_lnc(target, settings.lnc)
+        fields_of, backend = _neuron_backend(target, lnc, settings)
+        operators = neuron_operators(
+            graph_model._replace(target=target), lnc, scheduler, buckets, kernels, settings.nki_python
+        )
+        fields = fields_of(operators)
     require_torch_xla(python)
     built = {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -157,16 +169,20 @@ def plan_build(
         "on": socket.gethostname(),
         "model": str(model),
     }
-    return BuildPlan(graph_model, tuple(chosen), target, with_kernels, fields, backend, python, built)
+    return BuildPlan(operators, target, fields, backend, python, built)
 
 
-def _backend(model: GraphModel, target: str, kernels: bool, settings: CompilerSettings) -> tuple[Fields, Backend]:
-    operators = "kernels" if kernels else "plain"
-    if target == "cpu":
-        from neuron_paged.ops.host_kernels import CPU_KERNELS
+def _cpu_backend(operators: Operators) -> tuple[Fields, Backend]:
+    from neuron_paged.ops.host_kernels import CPU_KERNELS
 
-        return cpu_fields(model, operators), XlaCpuBackend(HloCpuRuntime(CPU_KERNELS if kernels else {}))
-    lnc = check_lnc(target, settings.lnc)
+    kernels = {} if operators.kind == "plain" else CPU_KERNELS
+    return cpu_fields(operators.model, operators.kind), XlaCpuBackend(HloCpuRuntime(kernels))
+
+
+def _neuron_backend(
+    target: str, lnc: int, settings: CompilerSettings
+) -> tuple[Callable[[Operators], Fields], Backend]:
+    """The compiler, checked, and the fields of what it compiles."""
     compiler = find_compiler(settings.executable, allow_unknown=settings.allow_unknown)
     environment = canonical_flags(parse_flags(settings.environment_flags), compiler.version, origin="NEURON_CC_FLAGS")
     given = canonical_flags(settings.flags, compiler.version, origin="--compiler-flags")
@@ -174,7 +190,6 @@ def _backend(model: GraphModel, target: str, kernels: bool, settings: CompilerSe
         phase: canonical_flags([*default_flags(phase, compiler.version), *environment, *given], compiler.version)
         for phase in PHASES
     }
-    fields = neuron_fields(model, target, lnc, compiler.version, flags, operators)
     backend = NeuronBackend(
         compiler,
         target,
@@ -185,4 +200,9 @@ def _backend(model: GraphModel, target: str, kernels: bool, settings: CompilerSe
         settings.timeout_s,
         settings.log_folder,
     )
+
+    def fields(operators: Operators) -> Fields:
+        nki = None if operators.nki is None else operators.nki.version
+        return neuron_fields(operators.model, target, lnc, compiler.version, flags, operators.kind, nki)
+
     return fields, backend

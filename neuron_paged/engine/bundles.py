@@ -12,7 +12,7 @@ from compile.bundle_store import copy_bundle, find_bundle
 from compile.store import Store, open_store
 from neuron_paged.env import cache_dir
 from neuron_paged.models.config import ModelConfig
-from neuron_paged.models.graph_plans import GraphModel
+from neuron_paged.models.graph_plans import GraphModel, PlansFor
 
 _DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -36,9 +36,10 @@ class ChosenBundle:
         }
 
     @property
-    def plans_for(self) -> str:
-        """Target whose kernels' plans its graphs take."""
-        return str(self.bundle.fields["plans_for"])
+    def plans_for(self) -> PlansFor:
+        """What its graphs' plans are made for."""
+        plans_for = self.bundle.fields["plans_for"]
+        return PlansFor(plans_for["target"], plans_for["num_cores"])
 
     @property
     def compiler(self) -> str:

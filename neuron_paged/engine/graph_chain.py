@@ -23,7 +23,7 @@ from neuron_paged.engine.packed_rows import PackedRows, SamplingArrays
 from neuron_paged.engine.sampling_state import SamplingState
 from neuron_paged.engine.sampling_tensors import build_sampling_tensors, sampling_columns
 from neuron_paged.errors import ConfigError
-from neuron_paged.models.graph_plans import GraphModel
+from neuron_paged.models.graph_plans import GraphModel, PlansFor
 from neuron_paged.models.graph_step import LOGITS, TOKEN_IDS, GraphBucket
 from neuron_paged.models.sampler import UNSETTLED, compute_logprobs, sample
 
@@ -38,8 +38,8 @@ class StepPart(NamedTuple):
     logits: np.ndarray
 
 
-def graph_model(model: "LlamaModel", config: CacheConfig, plans_for: str | None = None) -> GraphModel:
-    """What the graphs of a model depend on; config: num_blocks set. plans_for: a target, None = GraphModel's."""
+def graph_model(model: "LlamaModel", config: CacheConfig, plans_for: PlansFor | None = None) -> GraphModel:
+    """What the graphs of a model depend on; config: num_blocks set. plans_for: None = GraphModel's."""
     if config.num_blocks is None:
         raise ConfigError("CacheConfig.num_blocks: got None, need a number of blocks; size the cache first.")
     dtype = str(model.dtype).removeprefix("torch.")
@@ -48,7 +48,7 @@ def graph_model(model: "LlamaModel", config: CacheConfig, plans_for: str | None 
     made = GraphModel(
         model.config, dtype, max_positions, config.block_size, config.num_blocks, names[config.kv_cache_dtype]
     )
-    return made if plans_for is None else made._replace(target=plans_for)
+    return made if plans_for is None else made._replace(**plans_for._asdict())
 
 
 class GraphChain:

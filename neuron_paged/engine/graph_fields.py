@@ -28,12 +28,15 @@ STEP_SOURCES = (
         "sampler", "step", "tensor_parallel",
     ),  # fmt: skip
 )
-OPERATOR_SOURCES = ("neuron_paged/ops/{}.py", ("checks", "fake", "plain", "plain_planned", "planned", "schema", "xla"))
+OPERATOR_SOURCES = (
+    "neuron_paged/ops/{}.py",
+    ("checks", "fake", "nki_compiler", "plain", "plain_planned", "planned", "schema", "xla"),
+)
 LOWERING_SOURCES = (
     "compile/{}.py",
     (
-        "buckets", "graph_spec", "hlo", "hlo_cpu", "hlo_edit", "hlo_sources", "kernel_calls", "lowered_graph",
-        "neff_names", "protobuf", "trace",
+        "buckets", "graph_spec", "hlo", "hlo_cpu", "hlo_edit", "hlo_sources", "kernel_calls", "kernel_linking",
+        "lowered_graph", "neff_names", "protobuf", "trace",
     ),  # fmt: skip
 )
 KERNEL_SOURCES = ("nki_kernels/*.py",)
@@ -64,7 +67,7 @@ def model_fields(model: GraphModel) -> dict[str, Any]:
 
 
 def source_fields(operators: str) -> dict[str, Any]:
-    """operators: what the operators became, "kernels" (custom calls) or "plain" (plain operations)."""
+    """operators: what the operators became, "kernels" (custom calls that a CPU serves), "nki" or "plain"."""
     return {
         "operators": operators,
         "kernel_sources": kernel_sources_digest(),
@@ -80,10 +83,18 @@ def cpu_fields(model: GraphModel, operators: str) -> Fields:
 
 
 def neuron_fields(
-    model: GraphModel, target: str, lnc: int, version: str, flags: Mapping[Phase, Sequence[str]], operators: str
+    model: GraphModel,
+    target: str,
+    lnc: int,
+    version: str,
+    flags: Mapping[Phase, Sequence[str]],
+    operators: str,
+    nki: str | None = None,
 ) -> Fields:
-    """Fields of graphs compiled by neuronx-cc. flags: canonical, by phase."""
+    """Fields of graphs compiled by neuronx-cc. flags: canonical, by phase. nki: version that made kernels, if any."""
     compiled: dict[str, Any] = {"target": target, "lnc": lnc, "compiler": f"neuronx-cc {version}"}
+    if nki is not None:
+        compiled["nki"] = nki
     compiled["flags"] = {phase: keyed_flags(words) for phase, words in flags.items()}
     return {**model_fields(model), **source_fields(operators), **compiled}
 

@@ -23,6 +23,7 @@ from neuron_paged.engine.graph_source import GraphSource, Runtime
 from neuron_paged.engine.model_runner import ModelRunner
 from neuron_paged.engine.packed_rows import PackedRows
 from neuron_paged.errors import ConfigError
+from neuron_paged.models.graph_plans import PlansFor
 from neuron_paged.models.graph_step import GraphBucket, GraphStep, graph_spec
 from neuron_paged.models.inputs import AttentionInputs
 from neuron_paged.models.sampler import SamplingColumns
@@ -37,8 +38,8 @@ class GraphRunner(GraphChain):
     """Runs batches through compiled graphs.
 
     model: with its weights, on the CPU and not prepared for it (load_model(…, prepare=False)). config: num_blocks set.
-    buckets: of any kinds that graph_step knows. runtime: what runs the graphs. source: of the graphs. plans_for: the
-    target whose kernels' plans they take, None = GraphModel's. progress: called with ("lowering", "compiling" or
+    buckets: of any kinds that graph_step knows. runtime: what runs the graphs. source: of the graphs. plans_for: what
+    their plans are made for, None = GraphModel's. progress: called with ("lowering", "compiling" or
     "loading", graphs done, graphs in all). Raises CompileError and its subclasses, ConfigError.
     """
 
@@ -50,7 +51,7 @@ class GraphRunner(GraphChain):
         runtime: Runtime,
         source: GraphSource[Runtime],
         *,
-        plans_for: str | None = None,
+        plans_for: PlansFor | None = None,
         progress: Progress | None = None,
     ) -> None:
         super().__init__(graph_model(model, config, plans_for), buckets)

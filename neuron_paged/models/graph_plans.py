@@ -24,6 +24,13 @@ from nki_kernels.prefill_plan import ROW_TOKENS, plan_prefill
 Int32Array = NDArray[np.int32]
 
 
+class PlansFor(NamedTuple):
+    """target, num_cores: of GraphModel."""
+
+    target: str
+    num_cores: int
+
+
 class GraphModel(NamedTuple):
     """What a graph depends on besides its bucket.
 

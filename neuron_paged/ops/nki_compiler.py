@@ -1,43 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
 """NkiKernelCompiler: the project's NKI kernels behind the custom calls of graphs for Neuron devices.
 
-Owns which kernel a call is and with which arguments. The entry point that compiles an NKI kernel for given shapes is an
-argument, and nki's wheel is checked first. *Not yet run with a real nki*; the simulator runs the same arguments.
+Owns which kernel a call is, with which arguments, and that what nki made of it is what the call says. nki runs in a
+process of its own, which nki_kernels.nki_entry_point owns, so it need not be in the environment that lowers or serves.
 """
 
-from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError, version
+import base64
+import hashlib
+import json
+import pickle
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from compile.child_process import run_child
 from compile.errors import CompileError, MissingPackageError
 from compile.graph_spec import TensorSpec
 from compile.kernel_calls import KernelBlob, KernelCall
-from nki_kernels.cache_ops import copy_blocks, reshape_and_cache
-from nki_kernels.paged_attention_decode import paged_attention_decode
-from nki_kernels.paged_attention_prefill import paged_attention_prefill
+from nki_kernels.nki_entry_point import (
+    NKI_RELEASE,
+    REQUESTS,
+    RESULT,
+    TARGET_VARIABLE,
+    CompiledKernel,
+    KernelRequest,
+    TensorArgument,
+)
 from nki_kernels.plan_shape import PlanShape
 from nki_kernels.prefill_plan import PrefillBucket
-from nki_kernels.rotary_embedding import rotary_embedding
 
-# The release whose language the kernels are written in; kernels of different releases must not be mixed in a graph.
-NKI_RELEASE = "0.6"
-INSTALL = "pip install --extra-index-url https://pip.repos.neuron.amazonaws.com nki==0.6.*"
+INSTALL = f"pip install --extra-index-url https://pip.repos.neuron.amazonaws.com 'nki=={NKI_RELEASE}.*'"
+# In configs, so that a graph's bytes don't depend on where nki ran. neuronx-cc looks for a file that is not at its
+# path under the path's last two parts, in the directory where it was started (NCC_EVRF059).
+ARTIFACT_ROOT = "/neuron-paged"
 
-_SIMPLE = {"reshape_and_cache": reshape_and_cache, "copy_blocks": copy_blocks, "rotary_embedding": rotary_embedding}
+_SIMPLE = {
+    "reshape_and_cache": "cache_ops.reshape_and_cache",
+    "copy_blocks": "cache_ops.copy_blocks",
+    "rotary_embedding": "rotary_embedding.rotary_embedding",
+}
 
 
 class Invocation(NamedTuple):
-    """A kernel with its arguments by name: a TensorSpec for a tensor, anything else is a constant of the kernel."""
+    """A kernel ("module.function" below nki_kernels) with its arguments by name: a TensorSpec for a tensor, anything
+    else is a constant of the kernel."""
 
-    kernel: Any
+    kernel: str
     arguments: Mapping[str, Any]
 
 
-# (kernel, arguments, target, LNC degree) → what goes into the graph.
-CompileKernel = Callable[[Any, Mapping[str, Any], str, int], KernelBlob]
-
-
-def invocation(call: KernelCall) -> Invocation:
+def invocation(call: KernelCall, num_cores: int = 1) -> Invocation:
     """The kernel behind a call. CompileError if there is none: attention needs its planned form."""
     tensors: dict[str, Any] = {spec.name: spec for spec in call.operands}
     attributes: dict[str, Any] = dict(call.attributes)
@@ -50,43 +63,91 @@ def invocation(call: KernelCall) -> Invocation:
     if "prefill_plan" in tensors:
         bucket = PrefillBucket.from_plan_shape(plan_shape)
         plan = {"plan": tensors.pop("prefill_plan"), "segments": bucket.segments, "row_tokens": bucket.row_tokens}
-        return Invocation(paged_attention_prefill, tensors | plan | attributes)
+        return Invocation("paged_attention_prefill.paged_attention_prefill", tensors | plan | attributes)
     query: TensorSpec = tensors["query"]
-    shape, _ = PlanShape.from_plan_shape(plan_shape, num_seqs)
+    shape, _ = PlanShape.from_plan_shape(plan_shape, num_seqs, num_cores)
     plan = {"plan": tensors.pop("decode_plan"), "q_len": query.shape[0] // num_seqs}
     names = ("full_folds", "mixed_folds", "seqs_per_mixed_fold", "shared_folds", "seqs_per_shared_fold")
     folds = {name: getattr(shape, name) for name in names}
-    return Invocation(paged_attention_decode, tensors | plan | folds | attributes)
+    return Invocation("paged_attention_decode.paged_attention_decode", tensors | plan | folds | attributes)
 
 
 class NkiKernelCompiler:
-    """A KernelCompiler over an entry point of a real nki.
+    """Makes blobs of kernel calls with a real nki, each call once.
 
-    compile_kernel_function: see CompileKernel. source_digest: of the kernels' source, which nki's own caches don't look
-    at. target, num_cores: NEURON_PLATFORM_TARGET_OVERRIDE's name and LNC degree. nki_version: None = the installed one.
-    Raises MissingPackageError unless it is of NKI_RELEASE.
+    target, num_cores: NEURON_PLATFORM_TARGET_OVERRIDE's name and LNC degree. python: interpreter of an environment with
+    nki, None = this one. Raises MissingPackageError unless nki is there, of NKI_RELEASE and with the known interface.
     """
 
-    def __init__(
-        self,
-        compile_kernel_function: CompileKernel,
-        source_digest: str,
-        *,
-        target: str = "trn2",
-        num_cores: int = 1,
-        nki_version: str | None = None,
-    ) -> None:
-        if nki_version is None:
-            try:
-                nki_version = version("nki")
-            except PackageNotFoundError:
-                nki_version = "not installed"
-        if not nki_version.startswith(f"{NKI_RELEASE}."):
-            raise MissingPackageError(f"NKI kernels: nki is {nki_version}, need {NKI_RELEASE}. Install it: {INSTALL}.")
-        self.identity = f"nki {nki_version} {target} lnc{num_cores} {source_digest}"
-        self._compile, self._target, self._num_cores = compile_kernel_function, target, num_cores
+    def __init__(self, target: str, num_cores: int, *, python: Path | None = None) -> None:
+        self._target, self._num_cores, self._python = target, num_cores, python
+        self._blobs: dict[KernelCall, KernelBlob] = {}
+        found = self._run(())
+        if "error" in found:
+            raise MissingPackageError(f"NKI kernels: {found['error']}. Install it: {INSTALL}.")
+        self.version: str = found["version"]
+        self.identity = f"nki {self.version} {target} lnc{num_cores}"
 
-    def compile_kernel(self, call: KernelCall) -> KernelBlob:
-        """The call's kernel, compiled by the entry point."""
-        kernel, arguments = invocation(call)
-        return self._compile(kernel, arguments, self._target, self._num_cores)
+    def compile_kernels(self, calls: Iterable[KernelCall]) -> dict[KernelCall, KernelBlob]:
+        """Blobs of the calls. CompileError if there is no kernel for one, nki refuses it, or makes something else."""
+        wanted = list(dict.fromkeys(calls))
+        new = {call: invocation(call, self._num_cores) for call in wanted if call not in self._blobs}
+        if new:
+            found = self._run([_request(kernel) for kernel in new.values()])
+            if "error" in found:
+                raise CompileError(f"NKI kernels: {found['error']}")
+            for (call, kernel), compiled in zip(new.items(), found["kernels"], strict=True):
+                _check(call, kernel, compiled)
+                self._blobs[call] = _blob(compiled)
+        return {call: self._blobs[call] for call in wanted}
+
+    def _run(self, requests: Sequence[KernelRequest]) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory(prefix="neuron-paged-nki-") as name:
+            folder = Path(name)
+            (folder / REQUESTS).write_bytes(pickle.dumps((self._target, self._num_cores, list(requests))))
+            try:
+                done = run_child(
+                    "nki_kernels.nki_entry_point", [name], python=self._python,
+                    environment={TARGET_VARIABLE: self._target},
+                )  # fmt: skip
+            except OSError as error:
+                raise MissingPackageError(f"NKI kernels: {self._python} can't be run ({error.strerror}).") from error
+            if not (folder / RESULT).is_file():
+                said = " / ".join([line for line in done.stderr.splitlines() if line.strip()][-3:]) or "nothing"
+                raise CompileError(f"NKI kernels: the process with nki ended with exit code {done.returncode}: {said}")
+            result: dict[str, Any] = pickle.loads((folder / RESULT).read_bytes())
+            return result
+
+
+def _request(kernel: Invocation) -> KernelRequest:
+    arguments = {
+        name: TensorArgument(value.shape, value.dtype) if isinstance(value, TensorSpec) else value
+        for name, value in kernel.arguments.items()
+    }
+    return KernelRequest(kernel.kernel, arguments)
+
+
+def _check(call: KernelCall, kernel: Invocation, compiled: CompiledKernel) -> None:
+    """CompileError unless operands, results and aliases are the call's, in its order."""
+    argument = {value.name: name for name, value in kernel.arguments.items() if isinstance(value, TensorSpec)}
+    operands = tuple(argument[spec.name] for spec in call.operands)
+    results = tuple(TensorArgument(spec.shape, spec.dtype) for spec in call.results)
+    for what, got, need in (
+        ("operands", compiled.inputs, operands),
+        ("results", compiled.outputs, results),
+        ("results in place of operands", compiled.aliases, tuple(sorted(call.aliases))),
+    ):
+        if got != need:
+            raise CompileError(f"{kernel.kernel}: nki made a kernel with {what} {got}, the graph has {need}")
+
+
+def _blob(compiled: CompiledKernel) -> KernelBlob:
+    """Files under a folder named by their content, and the config that names them there."""
+    sha = hashlib.sha256()
+    for name, content in sorted(compiled.files.items()):
+        sha.update(f"{name}\0{len(content)}\0".encode() + content)
+    folder = sha.hexdigest()[:16]
+    binary = {**compiled.config["klir_binary"], "binary": f"{ARTIFACT_ROOT}/{folder}/{compiled.file_name}"}
+    config = json.dumps({**compiled.config, "klir_binary": binary}, sort_keys=True)
+    files = {f"{folder}/{name}": content for name, content in compiled.files.items()}
+    return KernelBlob(base64.b64encode(config.encode()).decode(), files)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every rule of graph lint finds a graph that breaks it and passes one that does not; graphs are written by hand."""
 
+import base64
+import json
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +13,8 @@ from compile.graph_rules import MAX_CONSTANT_ELEMENTS
 from compile.graph_spec import TensorSpec
 from compile.hlo import parse_module
 from compile.hlo_edit import custom_call_module, must_alias
-from compile.kernel_calls import KERNEL_TARGET, KernelCall, StandInKernelCompiler
+from compile.kernel_calls import KERNEL_TARGET, KernelBlob, KernelCall, StandInKernelCompiler
+from compile.kernel_linking import link_kernels
 from compile.lowered_graph import LoweredGraph, Manifest, Parameter
 from compile.protobuf import integer, packed, submessage, text
 from tests.cpu.hlo_builder import Builder, shape
@@ -175,6 +178,32 @@ def wrong_state_shape() -> bytes:
 
 OTHER_CALL = KernelCall("write", (NEW, CACHE), CALL.results)
 CONFIG = StandInKernelCompiler().compile_kernel(CALL).backend_config
+
+
+def linked(*, files: bool = True, calls: int = 1) -> LoweredGraph:
+    """The correct graph with a compiled kernel in the stand-in's place, called so often."""
+    path = "/somewhere/else/0123/write.colz"
+    config = base64.b64encode(json.dumps({"klir_binary": {"binary": path}}).encode()).decode()
+    blob = KernelBlob(config, {"0123/write.colz": b"kernel"} if files else {})
+    made = graph() if calls == 1 else graph(two_caches(), alias={1: 1, 2: 2}, **TWO_CACHES)
+    return link_kernels(made, {CALL: blob}, "nki 0.6.0")
+
+
+def two_caches() -> bytes:
+    """Three calls, two of them on one cache."""
+    b = Builder()
+    new, one, other = (b.parameter(F32) for _ in range(3))
+    extra = text(28, KERNEL_TARGET) + text(43, CONFIG) + submessage(74, integer(2, 1))
+    first = b.add("custom-call", F32, [new, b.add("custom-call", F32, [new, one], extra)], extra)
+    return b.module(b.tuple(b.add("negate", F32, [new]), first, b.add("custom-call", F32, [new, other], extra)))
+
+
+OTHER = TensorSpec("other", (4, 8), "float32")
+TWO_CACHES = {
+    "parameters": (Parameter(NEW, "input"), Parameter(CACHE, "state"), Parameter(OTHER, "state")),
+    "outputs": (TensorSpec("y", (4, 8), "float32"), CACHE, OTHER),
+    "aliases": {1: 1, 2: 2},
+}
 GRAPHS: list[tuple[str, Callable[[], LoweredGraph]]] = [
     ("state-alias", lambda: graph(alias={})),
     ("state-alias", lambda: graph(alias={1: 0})),
@@ -187,6 +216,8 @@ GRAPHS: list[tuple[str, Callable[[], LoweredGraph]]] = [
     ("kernel", lambda: graph(kernels={})),
     ("kernel-alias", lambda: graph(kernels={CONFIG: OTHER_CALL})),
     ("stand-in-kernel", lambda: graph()),
+    ("kernel-file", lambda: linked(files=False)),
+    ("kernel-count", lambda: linked(calls=3)),
     ("graph-size", lambda: graph(large_dot())),
 ]  # fmt: skip
 
@@ -198,6 +229,7 @@ def test_graph_rule_finds_what_it_is_for(rule: str, make: Callable[[], LoweredGr
 
 def test_a_correct_graph_has_no_errors_and_says_that_its_kernels_are_stand_ins() -> None:
     assert {finding.rule for finding in check_graph(graph())} == {"stand-in-kernel"}
+    assert check_graph(linked()) == [] and linked().manifest.kernel_compiler == "nki 0.6.0"
 
 
 def test_errors_name_rule_line_and_reason() -> None:

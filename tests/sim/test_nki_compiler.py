@@ -1,6 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NkiKernelCompiler gives each call's kernel the right arguments: the simulator gets the operator's result by them."""
+"""NkiKernelCompiler gives each call's kernel the right arguments, and takes from nki only what the call says.
 
+nki is a stand-in, a package on the path of the process that compiles kernels.
+"""
+
+import base64
+import importlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,15 +18,16 @@ import torch
 
 from compile.errors import CompileError, MissingPackageError
 from compile.graph_spec import TensorSpec
-from compile.kernel_calls import KernelBlob, KernelCall, is_stand_in
+from compile.kernel_calls import KernelCall, kernel_file
 from neuron_paged.ops.host_kernels import run_operator
-from neuron_paged.ops.nki_compiler import NkiKernelCompiler
+from neuron_paged.ops.nki_compiler import NkiKernelCompiler, invocation
 from nki_kernels import simulator
 from nki_kernels.decode_support import DecodeProblem
 from nki_kernels.plan import plan_decode
 from nki_kernels.plan_shape import PlanShape
 from nki_kernels.prefill_plan import PrefillBucket, plan_prefill
 
+STAND_INS = Path(__file__).parent / "stand_ins"
 RNG = np.random.default_rng(0)
 CACHE = RNG.standard_normal((6, 1, 2, 16, 64)).astype(np.float32)
 TABLE, LENS = np.array([[1, 2], [3, 0]], np.int32), np.array([30, 9], np.int32)
@@ -55,27 +65,28 @@ def specs(arrays: dict[str, np.ndarray]) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(name, array.shape, array.dtype.name) for name, array in arrays.items())
 
 
+def call_of(name: str, operands: dict[str, np.ndarray], attributes: dict[str, Any]) -> KernelCall:
+    outputs = {"query": operands["query"]} | ({"key": operands["key"]} if "key" in operands else {})
+    return KernelCall(name, specs(operands), specs(outputs), tuple(sorted(attributes.items())))
+
+
+NEW = {"key": normal(3, 1, 64), "value": normal(3, 1, 64), "kv_cache": CACHE, "slot_mapping": np.array([17, 40, 3])}
+NEW["slot_mapping"] = NEW["slot_mapping"].astype(np.int32)
+WRITTEN = TensorSpec("kv_cache_out", CACHE.shape, "float32")
+WRITE = KernelCall("reshape_and_cache", specs(NEW), (WRITTEN,), (), ((0, 2),))
 CALLS = [("attention", decode), ("attention", prefill), ("rotary_embedding", rotary)]
 
 
 @pytest.mark.parametrize(("name", "make"), CALLS)
 def test_arguments_of_a_kernel_give_the_operators_result(name: str, make) -> None:
     operands, attributes = make()
-    outputs = {"query": operands["query"]} | ({"key": operands["key"]} if "key" in operands else {})
-    call = KernelCall(name, specs(operands), specs(outputs), tuple(sorted(attributes.items())))
-    results = []
-
-    def run_in_simulator(kernel, arguments, target: str, num_cores: int) -> KernelBlob:
-        tensors = {spec.name: array for spec, array in zip(call.operands, operands.values(), strict=True)}
-        given = {k: tensors[v.name] if isinstance(v, TensorSpec) else v for k, v in arguments.items()}
-        returned = simulator.run(kernel, **given, target=target).outputs
-        results.extend(returned if isinstance(returned, tuple) else (returned,))
-        return KernelBlob("config")
-
-    compiler = NkiKernelCompiler(run_in_simulator, "digest", nki_version="0.6.0")
-    assert compiler.compile_kernel(call) == KernelBlob("config") and not is_stand_in(b"config")
-    assert compiler.identity == "nki 0.6.0 trn2 lnc1 digest"
-    expected = [np.empty_like(array) for array in outputs.values()]
+    call = call_of(name, operands, attributes)
+    kernel, arguments = invocation(call)
+    module, _, function = kernel.rpartition(".")
+    given = {k: operands[v.name] if isinstance(v, TensorSpec) else v for k, v in arguments.items()}
+    returned = simulator.run(getattr(importlib.import_module(f"nki_kernels.{module}"), function), **given).outputs
+    results = returned if isinstance(returned, tuple) else (returned,)
+    expected = [np.empty(spec.shape, spec.dtype) for spec in call.results]
     run_operator(call, list(operands.values()), expected)
     for got, want in zip(results, expected, strict=True):
         torch.testing.assert_close(torch.from_numpy(np.asarray(got)), torch.from_numpy(want), atol=2e-5, rtol=2e-5)
@@ -83,12 +94,97 @@ def test_arguments_of_a_kernel_give_the_operators_result(name: str, make) -> Non
 
 def test_attention_without_a_plan_has_no_kernel() -> None:
     call = KernelCall("attention", specs({"query": CACHE}), specs({"query": CACHE}), tuple(SETTINGS.items()))
-    compiler = NkiKernelCompiler(lambda *arguments: KernelBlob(""), "digest", nki_version="0.6.1")
     with pytest.raises(CompileError, match="attention needs a plan: lower planned buckets"):
-        compiler.compile_kernel(call)
+        invocation(call)
 
 
-@pytest.mark.parametrize("found", ["0.5.0", "0.60.0", None])
-def test_other_releases_of_nki_are_refused(found: str | None) -> None:
-    with pytest.raises(MissingPackageError, match=r"NKI kernels: nki is .*, need 0\.6\. Install it: pip install"):
-        NkiKernelCompiler(lambda *arguments: KernelBlob(""), "digest", nki_version=found)
+@pytest.fixture
+def nki(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the stand-in on the path, for tests to change."""
+    shutil.copytree(STAND_INS, tmp_path / "packages")
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    return tmp_path / "packages"
+
+
+def test_blobs_name_their_files_and_are_equal_in_every_run(nki: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NKI_DEBUG_INFO", "1")  # the caller's settings don't reach nki
+    calls = [WRITE, *(call_of(name, *make()) for name, make in CALLS)]
+    compiler = NkiKernelCompiler("trn2", 1)
+    blobs = compiler.compile_kernels(calls)
+    assert compiler.identity == "nki 0.6.0+31049202112.g85070674 trn2 lnc1"
+    assert NkiKernelCompiler("trn2", 1).compile_kernels(calls) == blobs
+    assert len({blob.backend_config for blob in blobs.values()}) == len(calls)
+    for call, blob in blobs.items():
+        file = kernel_file(blob.backend_config.encode())
+        assert file is not None and set(blob.artifacts) == {file, f"{file.split('/')[0]}/identity.npy"}
+        config = json.loads(base64.b64decode(blob.backend_config))
+        assert config["grid"] == 1 and config["klir_binary"]["binary"].endswith(file)
+        script = json.loads(blob.artifacts[file])
+        assert len(script["operands"]) == len(call.operands) and (script["target"], script["cores"]) == ("trn2", None)
+    shutil.rmtree(nki / "nki")  # each call is compiled once
+    assert compiler.compile_kernels(calls[:2]) == {call: blobs[call] for call in calls[:2]}
+
+
+REORDERED = replace(WRITE, operands=(WRITE.operands[1], WRITE.operands[0], *WRITE.operands[2:]))
+WRONG = [
+    (REORDERED, r"made a kernel with operands \('key', 'value', .*, the graph has \('value', 'key'"),
+    (replace(WRITE, aliases=()), r"made a kernel with results in place of operands \(\(0, 2\),\), the graph has \(\)"),
+    (replace(WRITE, results=(replace(WRITTEN, dtype="bfloat16"),), aliases=()), "made a kernel with results"),
+]
+
+
+@pytest.mark.parametrize(("call", "says"), WRONG)
+def test_a_kernel_that_is_not_the_calls_is_refused(nki: Path, call: KernelCall, says: str) -> None:
+    with pytest.raises(CompileError, match=says):
+        NkiKernelCompiler("trn1", 1).compile_kernels([call])
+
+
+COMPILED, KERNEL = "nki/framework/compiled.py", "nki/framework/kernel.py"
+METADATA = "nki-0.6.0.dist-info/METADATA"
+OTHER = [
+    (METADATA, "0.6.0+", "0.5.0+", r"nki is 0\.5\.0\+.*, need 0\.6\. Install it: pip install"),
+    (METADATA, "0.6.0+", "0.60.0+", r"nki is 0\.60\.0\+"),
+    (KERNEL, "class Kernel:", "class Other:", r"can't be imported \(cannot import name 'Kernel'"),
+    (COMPILED, "class CompileKernel(Kernel):", "class CompileKernel:", "need CompileKernel derived from Kernel"),
+    (COMPILED, "    target: str | None = None\n", "", "need CompileKernel as a dataclass with artifacts_dir, target"),
+    (COMPILED, "def _compile_opts", "def compile_options", "need CompileKernel._compile_opts"),
+    (COMPILED, "def compile_kernel_to_nir", "def translate", "need nki.framework.compiled.compile_kernel_to_nir"),
+    (COMPILED, ", enable_cache: bool = True", "", r"need compile_kernel_to_nir\(enable_cache=…\)"),
+]
+
+
+@pytest.mark.parametrize(("file", "old", "new", "says"), OTHER)
+def test_another_nki_is_refused_by_what_it_lacks(nki: Path, file: str, old: str, new: str, says: str) -> None:
+    text = (nki / file).read_text()
+    assert old in text
+    (nki / file).write_text(text.replace(old, new))
+    with pytest.raises(MissingPackageError, match=says):
+        NkiKernelCompiler("trn2", 1)
+
+
+RESULTS = [
+    ("            operand_output_aliases=self._aliases,\n", "", "need a config with operand_output_aliases"),
+    ("has_collectives=False", "has_collectives=True", "talks to other devices"),
+    ('"klir_binary": {', '"binary": {', "need base64 of JSON with klir_binary.binary"),
+    ('"binary": str(path)', '"binary": "/nowhere/kernel.json"', "names the file /nowhere/kernel.json, which is not"),
+    ('isinstance(run.outputs, tuple))', 'True)', "returns a tuple of one tensor"),
+    ("    run = sim", '    raise RuntimeError("a\\n b")\n    run = sim', "refuses it for trn2: RuntimeError: a b"),
+    ("    run = sim", "    os._exit(134)\n    run = sim", "process with nki ended with exit code 134"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "says"), RESULTS)
+def test_what_nki_gives_or_says_is_one_error(nki: Path, old: str, new: str, says: str) -> None:
+    text = (nki / COMPILED).read_text()
+    assert old in text
+    (nki / COMPILED).write_text(text.replace(old, new))
+    with pytest.raises(CompileError, match=says) as error:
+        NkiKernelCompiler("trn2", 1).compile_kernels([WRITE])
+    assert "\n" not in str(error.value)
+
+
+def test_no_nki_at_all() -> None:
+    with pytest.raises(MissingPackageError, match=r"nki is not installed, need 0\.6\. Install it: pip install "):
+        NkiKernelCompiler("trn2", 1)
+    with pytest.raises(MissingPackageError, match="/no/python can't be run"):
+        NkiKernelCompiler("trn2", 1, python=Path("/no/python"))

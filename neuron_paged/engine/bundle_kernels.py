@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What operators become in a bundle's graphs, and with which buckets: CPU kernels, NKI kernels, plain operations."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from compile.buckets import DecodeBucket, PrefillBucket
+from compile.errors import MissingPackageError
+from compile.kernel_linking import link_kernels
+from compile.lowered_graph import LoweredGraph
+from neuron_paged.config import SchedulerConfig
+from neuron_paged.engine.graph_buckets import GraphBucket, default_buckets, named_buckets
+from neuron_paged.errors import ConfigError
+from neuron_paged.models.graph_plans import GraphModel, check_kernel
+from neuron_paged.ops.nki_compiler import INSTALL, NkiKernelCompiler
+
+
+@dataclass(frozen=True)
+class Operators:
+    """kind: as bundles' fields name it: "kernels" are custom calls that a CPU serves, "nki" those of neuronx-cc. model:
+    with the cores that plans are made for. nki: makes the kernels, None for other kinds. note: why there are no NKI
+    kernels although nobody ruled them out."""
+
+    kind: Literal["kernels", "nki", "plain"]
+    model: GraphModel
+    buckets: tuple[GraphBucket, ...]
+    nki: NkiKernelCompiler | None = None
+    note: str = ""
+
+    def link(self, graphs: Sequence[LoweredGraph]) -> list[LoweredGraph]:
+        """Graphs as their compiler gets them. Raises CompileError."""
+        if self.nki is None:
+            return list(graphs)
+        blobs = self.nki.compile_kernels(call for graph in graphs for call in graph.manifest.kernels.values())
+        return [link_kernels(graph, blobs, self.nki.identity) for graph in graphs]
+
+
+def cpu_operators(
+    model: GraphModel, limits: SchedulerConfig, names: Sequence[str] | None, kernels: str | None
+) -> Operators:
+    """For target cpu. names: buckets or files of them, None = ladders from the limits. kernels: None = CPU kernels."""
+    if kernels not in (None, "cpu", "plain"):
+        raise ConfigError(f"graph_kernels: got {kernels!r} for target cpu, need 'cpu' or 'plain'.")
+    planned = kernels != "plain" and not model.decode_problem.unsupported()
+    buckets = default_buckets(model, limits, planned=planned) if names is None else named_buckets(names)
+    return Operators("plain" if kernels == "plain" else "kernels", model, tuple(buckets))
+
+
+def neuron_operators(
+    model: GraphModel,
+    lnc: int,
+    limits: SchedulerConfig,
+    names: Sequence[str] | None,
+    kernels: str | None,
+    nki_python: Path | None = None,
+) -> Operators:
+    """For model.target, a Neuron target. kernels: None = NKI kernels where there is an nki for them, else plain
+    operations and a note. nki_python: interpreter that has nki, None = this one.
+
+    Raises ConfigError for kernels="nki" with a model or buckets that they don't take, MissingPackageError without nki.
+    """
+    if kernels not in (None, "nki", "plain"):
+        raise ConfigError(f"graph_kernels: got {kernels!r} for {model.target}, need 'nki' or 'plain'.")
+    note = ""
+    if kernels != "plain":
+        try:
+            return _nki_operators(model._replace(num_cores=lnc), limits, names, kernels, nki_python)
+        except (ConfigError, MissingPackageError) as error:
+            if kernels == "nki" or nki_python is not None:
+                raise
+            note = str(error)
+    buckets = default_buckets(model, limits, planned=False) if names is None else named_buckets(names)
+    return Operators("plain", model, tuple(buckets), note=note)
+
+
+def _nki_operators(
+    model: GraphModel, limits: SchedulerConfig, names: Sequence[str] | None, kernels: str | None, python: Path | None
+) -> Operators:
+    unsupported = model.decode_problem.unsupported()
+    if unsupported:
+        raise ConfigError(f"graph_kernels: the NKI decode kernel does not take this model: {unsupported[0]}")
+    buckets = default_buckets(model, limits, planned=True) if names is None else named_buckets(names)
+    for bucket in buckets:
+        if not isinstance(bucket, DecodeBucket | PrefillBucket):
+            raise ConfigError(f"buckets: got {bucket.name}, NKI kernels need decode-… and prefill-….")
+        try:
+            check_kernel(model, bucket)
+        except ValueError as error:
+            raise ConfigError(f"buckets: {bucket.name}: {error}") from error
+    if kernels is None and python is None and find_spec("nki") is None:  # spares starting a process
+        raise MissingPackageError(f"NKI kernels: nki is not installed. Install it: {INSTALL}.")
+    return Operators("nki", model, tuple(buckets), NkiKernelCompiler(model.target, model.num_cores, python=python))
