@@ -41,8 +41,12 @@ class Bucket:
 
     @property
     def name(self) -> str:
-        """Readable and unique: kind and sizes, such as decode-8x4x2x8. Part of file names and messages."""
-        return f"{self.KIND}-{'x'.join(str(size) for size in self.dimensions().values())}"
+        """Readable and unique: kind and sizes, such as decode-8x4x2x8, without optional ones at the end that have their
+        default. Part of file names and messages."""
+        sizes = list(self.dimensions().values())
+        while fields(self)[len(sizes) - 1].default == sizes[-1]:
+            sizes.pop()
+        return f"{self.KIND}-{'x'.join(map(str, sizes))}"
 
     @property
     def work(self) -> int:
@@ -67,21 +71,25 @@ class DecodeBucket(Bucket):
     """One query token per sequence, attention through a fold plan.
 
     num_seqs: rows. full_folds: folds of 128 slabs of one sequence. mixed_folds: folds of several sequences' rest.
-    seqs_per_fold: sequences in a mixed fold at most; a plan made for fewer fits.
+    seqs_per_fold: sequences in a mixed or shared fold at most; a plan made for fewer fits. shared_folds: folds of 128
+    slabs that several sequences begin with, read once for all of them; a batch without such takes the others.
     """
 
     num_seqs: int
     full_folds: int
     mixed_folds: int
     seqs_per_fold: int
+    shared_folds: int = 0
 
     KIND: ClassVar[str] = "decode"
-    MAY_BE_ZERO: ClassVar[frozenset[str]] = frozenset({"full_folds", "mixed_folds"})
+    MAY_BE_ZERO: ClassVar[frozenset[str]] = frozenset({"full_folds", "mixed_folds", "shared_folds"})
 
     @property
     def work(self) -> int:
-        """Slabs gathered; folds dominate, and the (fold, sequence) pairs of mixed folds cost a combine each."""
-        return (self.full_folds + self.mixed_folds) * FOLD_SLABS + self.mixed_folds * self.seqs_per_fold
+        """Slabs gathered; folds dominate, and the (fold, sequence) pairs of mixed and shared ones cost a combine each.
+        """
+        many = self.mixed_folds + self.shared_folds
+        return (self.full_folds + many) * FOLD_SLABS + many * self.seqs_per_fold
 
 
 @dataclass(frozen=True)
@@ -234,14 +242,21 @@ KINDS: dict[str, type[Bucket]] = {
 }
 
 
+def _form(kind: type[Bucket]) -> str:
+    """What follows the kind in names; optional sizes in brackets."""
+    names = [f"x{f.name}" if f.default is MISSING else f"[x{f.name}]" for f in fields(kind)]
+    return "".join(names)[1:]
+
+
 def bucket_of_name(name: str) -> Bucket:
     """The bucket of a name: the inverse of Bucket.name. Raises ValueError."""
     kind, _, sizes = name.partition("-")
-    forms = ", ".join(f"{k}-{'x'.join(f.name for f in fields(c))}" for k, c in KINDS.items())
+    forms = ", ".join(f"{k}-{_form(c)}" for k, c in KINDS.items())
     numbers = sizes.split("x")
     if kind not in KINDS or not all(n.isascii() and n.isdigit() for n in numbers):
         raise ValueError(f"bucket: got {name!r}, need one of the forms {forms}.")
-    if len(numbers) != len(fields(KINDS[kind])):
+    required = sum(f.default is MISSING for f in fields(KINDS[kind]))
+    if not required <= len(numbers) <= len(fields(KINDS[kind])):
         raise ValueError(f"bucket: got {name!r} with {len(numbers)} sizes, need one of the forms {forms}.")
     return KINDS[kind](*map(int, numbers))
 

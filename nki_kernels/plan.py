@@ -71,6 +71,14 @@ class DecodePlan:
     def pair_seq(self) -> np.ndarray:
         return self.sections()[3]
 
+    def used_folds(self) -> tuple[int, int, int]:
+        """How many full, mixed and shared folds hold a live slab."""
+        shape, pairs = self.shape, self.pair_seq[0]
+        shared = pairs[shape.full_folds + shape.mixed_folds * shape.seqs_per_mixed_fold :: shape.seqs_per_shared_fold]
+        mixed = self.slab_len[0] > 0  # the slabs of a fold are its first ones
+        full, mixed, shared = map(np.count_nonzero, (pairs[: shape.full_folds] >= 0, mixed, shared >= 0))
+        return int(full), int(mixed), int(shared)
+
     def coverage(self) -> np.ndarray:
         """The inverse of planning: every live slab as (batch row, KV head, block, slab of block, position), sorted.
 

@@ -36,7 +36,7 @@ def plan_report(title: str, rank: Any, document: dict[str, Any], plan: Any) -> s
     for kind in (plan.decode.grid, plan.prefill.grid):
         for bucket in kind:
             share = run["runs"].get(bucket.name, 0.0) / sum(run["runs"].values())
-            sizes = ", ".join(f"{size} {name}" for name, size in bucket.dimensions().items())
+            sizes = ", ".join(f"{size} {name}" for name, size in bucket.dimensions().items() if size)
             rows.append([bucket.name, sizes, f"{kind.costs[bucket] / 1e3:.2f}", _share(share)])
     memory, seconds = document["memory"], document["compile_s"]
     tables = document["tables"]

@@ -29,6 +29,7 @@ _SEQS_GROWTH, _TOKENS_GROWTH, _CONTEXT_GROWTH = 4.0, 4.0, 8.0
 _MIN_SEQS = 2
 _MIN_BLOCKS = 8
 _SEQS_PER_FOLD = 8
+_PREFIX_FOLDS = 4  # longest prefix in common that default buckets read once: 16384 tokens in slabs of 32
 
 
 def default_buckets(model: GraphModel, limits: SchedulerConfig, *, planned: bool) -> list[GraphBucket]:
@@ -48,17 +49,21 @@ def default_buckets(model: GraphModel, limits: SchedulerConfig, *, planned: bool
 
 
 def _planned_decode(model: GraphModel, limits: SchedulerConfig, seqs: Sequence[int]) -> list[DecodeBucket]:
-    """For each number of rows: short contexts that share folds, a fold per row, and full folds up to the limit."""
+    """For each number of rows: short contexts that share folds, a fold per row, and full folds up to the limit. For the
+    largest also rows that begin with the same blocks, and have some two folds each of their own."""
     problem = model.decode_problem
     most = max(1, problem.max_columns // problem.columns_per_seq)
     full = limits.max_model_len // problem.slab_tokens // FOLD_SLABS
     found: dict[DecodeBucket, None] = {}
     for n in seqs:
-        shared = min(n, most, _SEQS_PER_FOLD)
-        sizes = [(0, -(-n // shared)), (0, n)]
-        sizes += [(folds, n) for folds in ladder(1, n * full, growth=_CONTEXT_GROWTH)] if full else []
-        for full_folds, mixed_folds in sizes:
-            bucket = DecodeBucket(n, full_folds, mixed_folds, shared)
+        together = min(n, most, _SEQS_PER_FOLD)
+        groups = -(-n // together)
+        sizes = [(0, groups, 0), (0, n, 0)]
+        sizes += [(folds, n, 0) for folds in ladder(1, n * full, growth=_CONTEXT_GROWTH)] if full else []
+        if n == seqs[-1] and together > 1 and full > 1:
+            sizes.append((n, n, groups * min(full - 1, _PREFIX_FOLDS)))
+        for full_folds, mixed_folds, shared_folds in sizes:
+            bucket = DecodeBucket(n, full_folds, mixed_folds, together, shared_folds)
             if problem.unsupported():
                 continue
             if problem.sbuf_bytes(decode_shape(model, bucket)) <= problem.sbuf_budget_bytes:

@@ -77,8 +77,9 @@ class GraphModel(NamedTuple):
 
 def decode_shape(model: GraphModel, bucket: DecodeBucket) -> PlanShape:
     """The kernel's bucket. Cores that share a KV head share its folds, so their numbers become even."""
+    shared, seqs = bucket.shared_folds, bucket.seqs_per_fold
     shape = PlanShape(
-        bucket.num_seqs, bucket.full_folds, bucket.mixed_folds, bucket.seqs_per_fold, num_cores=model.num_cores
+        bucket.num_seqs, bucket.full_folds, bucket.mixed_folds, seqs, model.num_cores, shared, seqs if shared else 1
     )
     return shape.even() if shape.fold_shards(model.rank_config.num_kv_heads) > 1 else shape
 
@@ -161,16 +162,15 @@ class DecodeRowsPlanner:
     def _plans(
         self, block_table: Int32Array, context_lens: Int32Array, made: dict[int, DecodePlan]
     ) -> DecodePlans | None:
+        bucket = self.bucket
         try:
             rest = {w: p.plan(block_table, context_lens) for w, p in self._planners.items() if w not in made}
         except PlanOverflowError:
             return None
-        plans = [*made.values(), *rest.values()]
-        full = max(int((plan.pair_seq[0, : self._shape.full_folds] >= 0).sum()) for plan in plans)
-        mixed = max(int((plan.slab_len > 0).any(axis=0).sum()) for plan in plans)
+        used = zip(*(plan.used_folds() for plan in [*made.values(), *rest.values()]), strict=True)
         # What `even` adds to a bucket is no need of it.
-        full, mixed = min(full, self.bucket.full_folds), min(mixed, self.bucket.mixed_folds)
-        need = DecodeBucket(len(context_lens), full, mixed, self.bucket.seqs_per_fold)
+        full, mixed, shared = map(min, map(max, used), (bucket.full_folds, bucket.mixed_folds, bucket.shared_folds))
+        need = DecodeBucket(len(context_lens), full, mixed, bucket.seqs_per_fold, shared)
         return DecodePlans(need, {w: plan.table for w, plan in (made | rest).items()})
 
 

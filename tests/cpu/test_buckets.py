@@ -14,6 +14,7 @@ from compile.buckets import (
     DecodeTableBucket,
     PrefillBucket,
     PrefillTableBucket,
+    bucket_of_name,
     decode_grid,
     decode_table_grid,
     ladder,
@@ -134,6 +135,15 @@ def test_impossible_ladder_is_refused(arguments: dict, message: str) -> None:
 def test_impossible_bucket_is_refused(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_optional_sizes_are_in_names_only_if_set() -> None:
+    plain, shared = DecodeBucket(8, 4, 2, 8), DecodeBucket(8, 4, 2, 8, shared_folds=3)
+    assert [plain.name, shared.name] == ["decode-8x4x2x8", "decode-8x4x2x8x3"]
+    assert [bucket_of_name(bucket.name) for bucket in (plain, shared)] == [plain, shared]
+    with pytest.raises(ValueError, match=r"6 sizes, need one of the forms decode-.*seqs_per_fold\[xshared_folds\],"):
+        bucket_of_name("decode-8x4x2x8x3x1")
+    assert shared.holds(plain) and not plain.holds(shared) and plain.work < shared.work
 
 
 def test_needs_of_another_kind_are_refused() -> None:

@@ -136,6 +136,34 @@ def test_planned_bucket_needs_what_the_kernels_plan_uses() -> None:
     assert DecodeRowsPlanner(model, DecodeBucket(4, 0, 3, 2)).plan(table[:1], np.array([8192], np.int32)) is None
 
 
+def test_a_bucket_with_shared_folds_takes_common_prefixes_once_and_any_other_rows() -> None:
+    """Four rows of 2048 + 100 tokens, 16 per slab: a fold each, or one for all."""
+    model, _ = model_and_limits(4, 128, 8192, 16)
+    table = np.arange(1, 4 * 135 + 1, dtype=np.int32).reshape(4, 135)
+    lens = np.full(4, 2148, np.int32)
+    shared, plain = DecodeBucket(4, 0, 1, 4, 1), DecodeBucket(4, 4, 1, 4, 1)
+    assert DecodeRowsPlanner(model, shared).plan(table, lens) is None
+    found = DecodeRowsPlanner(model, plain).plan(table, lens)
+    assert found is not None and found.need == DecodeBucket(4, 4, 1, 4)
+    table[1:, :128] = table[0, :128]
+    for bucket in (shared, plain):
+        found = DecodeRowsPlanner(model, bucket).plan(table, lens)
+        assert found is not None and found.need == DecodeBucket(4, 0, 1, 4, 1)
+    found = DecodeRowsPlanner(model, DecodeBucket(4, 4, 1, 4)).plan(table, lens)  # without: read for each
+    assert found is not None and found.need == DecodeBucket(4, 4, 1, 4)
+
+
+def test_default_buckets_read_a_common_prefix_once() -> None:
+    model, limits = model_and_limits(4, 128, 8192, 16)
+    buckets = [b for b in default_buckets(model, limits, planned=True) if isinstance(b, DecodeBucket)]
+    (bucket,) = (b for b in buckets if b.shared_folds)
+    table = np.arange(1, 4 * 512 + 1, dtype=np.int32).reshape(4, 512)
+    table[1:, :384] = table[0, :384]  # three folds
+    lens = np.array([8192, 7000, 6200, 6145], np.int32)
+    fitting = [b for b in BucketGrid(buckets) if DecodeRowsPlanner(model, b).plan(table, lens)]
+    assert fitting[0] == bucket and bucket.work < min(b.work for b in fitting[1:])
+
+
 SIMULATOR = [
     ({"block_size": 8}, "graph_kernels: got 'simulator', whose decode kernel does not take it: block_size: got 8"),
     ({"graph_buckets": ["decode_table-1x4"]}, "graph_buckets: got decode_table-1x4, NKI kernels need decode-"),

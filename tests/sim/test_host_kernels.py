@@ -102,29 +102,53 @@ def test_attention_without_a_plan_has_no_simulated_kernel():
         simulated_kernels()["attention"](call, [TABLE], [])
 
 
-@pytest.mark.parametrize("num_kv_heads", [1, 2])
-def test_plans_of_a_graphs_model_for_two_cores_give_what_one_core_gives(num_kv_heads: int) -> None:
-    """KV heads are divided between the cores, or one head's folds and Q tiles are."""
+def graph_model(num_kv_heads: int, num_blocks: int, num_cores: int) -> GraphModel:
     config = ModelConfig(
         architecture="LlamaForCausalLM", num_layers=1, hidden_size=64, intermediate_size=48, num_heads=2, head_dim=64,
         num_kv_heads=num_kv_heads, vocab_size=9, max_position_embeddings=512, rms_norm_eps=1e-5,
         rope=RopeConfig("default", (1.0,) * 32), sliding_windows=(0,), rope_layers=(True,), tie_word_embeddings=True,
     )  # fmt: skip
-    model = GraphModel(config, "float32", 512, 16, 24, "float32", num_cores=2)
+    return GraphModel(config, "float32", 512, 16, num_blocks, "float32", num_cores=num_cores)
+
+
+def check_planned(name: str, plan: np.ndarray, shape: tuple[int, ...], query: np.ndarray, cache: np.ndarray, **options):
+    """The simulated kernel gives what the CPU kernel gives, which is returned."""
+    num_seqs = options["num_seqs"]
+    got = simulate_attention(query, cache, **{name: plan}, plan_shape=shape, target="trn2", strict=True, **options)
+    unread = torch.zeros(num_seqs, 1, dtype=torch.int32)
+    planned = {name: torch.from_numpy(plan), "plan_shape": shape}
+    want = torch.ops.neuron_paged.attention(*map(torch.from_numpy, (query, cache)), unread, unread[:, 0], **planned)
+    torch.testing.assert_close(torch.from_numpy(np.asarray(got)), want, atol=2e-5, rtol=2e-5)
+    return want
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2])
+def test_plans_of_a_graphs_model_for_two_cores_give_what_one_core_gives(num_kv_heads: int) -> None:
+    """KV heads are divided between the cores, or one head's folds and Q tiles are."""
+    model = graph_model(num_kv_heads, 24, 2)
     cache, table = random(24, num_kv_heads, 2, 16, 64), np.arange(1, 24, dtype=np.int32)[None]
     decode, prefill = DecodeBucket(1, 1, 1, 1), PrefillBucket(200, 1)
     plans = DecodeRowsPlanner(model, decode).plan(table, np.array([300], np.int32))
     assert plans is not None and plans.need == DecodeBucket(1, 0, 1, 1)
-    steps = [
-        ("decode_plan", 1, plan_shape(model, decode), plans.tables[0]),
-        ("prefill_plan", 200, plan_shape(model, prefill), plan_prefill_chunk(model, prefill, table, 300, 200)[0]),
-    ]
-    for name, num_tokens, shape, plan in steps:
+    chunk = plan_prefill_chunk(model, prefill, table, 300, 200)[0]
+    steps = [("decode_plan", 1, decode, plans.tables[0]), ("prefill_plan", 200, prefill, chunk)]
+    for name, num_tokens, bucket, plan in steps:
         query = random(num_tokens, 2, 64, seed=1)
-        got = simulate_attention(
-            query, cache, **{name: plan}, plan_shape=shape, num_seqs=1, target="trn2", num_cores=2, strict=True
-        )
-        unread = torch.zeros(1, 1, dtype=torch.int32)
-        planned = {name: torch.from_numpy(plan), "plan_shape": shape}
-        want = torch.ops.neuron_paged.attention(*map(torch.from_numpy, (query, cache)), unread, unread[0], **planned)
-        torch.testing.assert_close(torch.from_numpy(np.asarray(got)), want, atol=2e-5, rtol=2e-5)
+        check_planned(name, plan, plan_shape(model, bucket), query, cache, num_seqs=1, num_cores=2)
+
+
+@pytest.mark.parametrize("num_cores", [1, 2])
+def test_steps_of_rows_with_a_common_prefix(num_cores: int) -> None:
+    """2048 tokens in common are one fold; the second plan is the first one changed, with a new slab for a row."""
+    model, bucket = graph_model(1, 140, num_cores), DecodeBucket(2, 0, 1, 2, 1)
+    cache, table = random(140, 1, 2, 16, 64), np.zeros((2, 131), np.int32)
+    table[:, :128] = np.random.default_rng(0).permutation(128) + 1
+    table[0, 128:], table[1, 128:] = [130, 131, 132], [133, 134, 135]
+    planner, lens = DecodeRowsPlanner(model, bucket), np.array([2080, 2050], np.int32)
+    for step, make in enumerate((planner.plan, planner.advance)):
+        plans = make(table, lens + step)
+        assert plans is not None and plans.need == DecodeBucket(2, 0, 1, 2, 1)
+        query, shape = random(2, 2, 64, seed=step), plan_shape(model, bucket)
+        got = check_planned("decode_plan", plans.tables[0], shape, query, cache, num_seqs=2, num_cores=num_cores)
+        want = torch.ops.neuron_paged.attention(*map(torch.from_numpy, (query, cache, table, lens + step)))
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)

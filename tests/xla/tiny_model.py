@@ -21,10 +21,10 @@ CONFIG = ModelConfig(
 GRAPH_MODEL = GraphModel(CONFIG, "float32", 64, BLOCK_SIZE, NUM_BLOCKS, "float32")
 
 
-def make_model(config: ModelConfig = CONFIG) -> LlamaModel:
+def make_model(config: ModelConfig = CONFIG, max_positions: int = 64) -> LlamaModel:
     """The model with weights, the same in every process."""
     generator = torch.Generator().manual_seed(0)
-    model = LlamaModel(config, max_positions=64)
+    model = LlamaModel(config, max_positions=max_positions)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not name.startswith("rotary_emb."):
