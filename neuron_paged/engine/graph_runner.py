@@ -22,6 +22,7 @@ from neuron_paged.engine.graph_chain import GraphChain, StepPart, graph_model
 from neuron_paged.engine.graph_source import GraphSource, Runtime
 from neuron_paged.engine.model_runner import ModelRunner
 from neuron_paged.engine.packed_rows import PackedRows
+from neuron_paged.engine.suspect_blocks import SuspectBlocks
 from neuron_paged.errors import ConfigError
 from neuron_paged.models.graph_plans import PlansFor
 from neuron_paged.models.graph_step import GraphBucket, GraphStep, graph_spec
@@ -68,8 +69,26 @@ class GraphRunner(GraphChain):
         self._weights = {name: runtime.share(as_array(p.detach())) for name, p in step.named_parameters()}
         self._specs = graph_spec(self.graph_model, buckets[0]).state
         self._state: dict[str, Any] = {spec.name: runtime.zeros(spec) for spec in self._specs}
+        self._suspects = SuspectBlocks(config.block_size)
         if runtime.is_host_memory:  # graphs update the caches in place, so the eager step works on the same memory
             self._read_caches()
+
+    def execute(self, batch: Batch) -> StepResult:
+        try:
+            reused = self._suspects.take_reused(batch)
+            if reused:
+                self._overwrite(reused)
+            result = super().execute(batch)
+        except BaseException:
+            self._suspects.note_failure(batch)
+            raise
+        self._suspects.note_step(batch, result.token_ids)
+        return result
+
+    def _overwrite(self, blocks: list[int]) -> None:
+        with torch.no_grad(), self._caches_on_host():
+            for cache in self._eager.kv_caches:
+                cache[blocks] = 0
 
     @property
     def kv_caches(self) -> list[torch.Tensor]:

@@ -16,7 +16,8 @@ class GraphStats:
     (a prompt chunk in several graphs), "eager" (nothing fits: the model's step runs without a graph, on executors xla
     and neuron in a graph made for it), "sampling" (tokens drawn from a graph's logits by the eager sampler),
     "prompt_logprobs" (a step whose prompt logprobs graphs don't have, run as "eager" as a whole), "host" (all of a
-    device's caches went to the host and back, for one of these or to copy blocks). padding: elements
+    device's caches went to the host and back: for one of these, to copy blocks, or to zero what a request left not
+    finite). padding: elements
     added per dimension of a bucket; needed: elements that were wanted.
     """
 

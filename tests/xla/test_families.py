@@ -17,10 +17,12 @@ from compile.kernel_calls import KERNEL_TARGET, StandInKernelCompiler
 from compile.lower import lower_graphs
 from compile.lowered_graph import LoweredGraph
 from compile.trace import trace
-from neuron_paged.config import CacheConfig, SchedulerConfig
+from neuron_paged.config import CacheConfig, EngineConfig, SchedulerConfig
 from neuron_paged.engine.graph_runner import GraphRunner
 from neuron_paged.engine.graph_source import LoweredBefore
+from neuron_paged.engine.llm_engine import LLMEngine
 from neuron_paged.engine.model_runner import ModelRunner
+from neuron_paged.engine.sampling import SamplingParams
 from neuron_paged.models.graph_step import lowering_request
 from neuron_paged.ops.host_kernels import CPU_KERNELS, simulated_kernels
 from tests.xla.family_models import (
@@ -153,3 +155,22 @@ def test_random_traffic_never_fails(runners: list[GraphRunner], requests, which:
     expected = serve(ModelRunner(make_family_model("qwen2"), CACHE), CACHE, SCHEDULER, requests, **params)
     assert serve(runner, CACHE, SCHEDULER, requests, **params) == expected
     assert runner.runtime.num_compiles == compiles
+
+
+def test_blocks_of_a_request_that_was_not_finite_are_zeroed_before_they_are_reused(graphs) -> None:
+    """The decode kernel multiplies dead slots of live blocks by zero, which NaN survives."""
+    model = make_family_model("llama")
+    with torch.no_grad():
+        model.embed_tokens.weight[96] = torch.nan
+    runner = GraphRunner(model, CACHE, BUCKETS, HloCpuRuntime(simulated_kernels()), LoweredBefore(graphs["llama"]))
+    engine = LLMEngine(EngineConfig(CACHE, SCHEDULER), runner, vocab_size=VOCAB)
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    for name, prompt in (("bad", [5] * 20 + [96] * 30), ("worse", [96] * 60)):
+        engine.add_request(name, {"prompt_token_ids": prompt}, params)
+    ended = []
+    while engine.has_unfinished_requests():
+        ended += [output for output in engine.step() if output.finished]
+    assert len(ended) == 2 and all("NaN" in (output.error or "") for output in ended)
+    assert sum(bool(cache[1:].isnan().any()) for cache in runner.kv_caches) == 2  # as they were left
+    expected = serve(ModelRunner(make_family_model("llama"), CACHE), CACHE, SCHEDULER, TRAFFIC)
+    assert serve(runner, CACHE, SCHEDULER, TRAFFIC) == expected
