@@ -6,8 +6,8 @@ the null block are dropped, never written: many padded rows on one slot would ra
 place and return it, so that a graph can alias it.
 
 A head-major cache takes a descriptor of head_dim elements per (token, head, K or V), far below what DMA moves at full
-rate: 2048 tokens of 8 heads, bf16, take 0.75 ms on trn1 and 1.2 ms on trn2 (modelled), 12 and 26 times what their bytes
-would. Whole blocks could be written as slabs, but only by a graph that promises aligned chunks; no caller has one.
+rate, and scatters into one tensor follow each other: their number decides. Chunks of a prompt are written by
+`planned_cache_write.py` in runs of tokens instead.
 """
 
 from nki_kernels.layout import FP8_E4M3_MAX
@@ -15,6 +15,7 @@ from nki_kernels.support import (
     BLOCK_SIZES,
     FP8_DTYPES,
     KERNEL_DTYPES,
+    dtype_itemsize,
     refuse,
     require_one_of,
     require_range,
@@ -59,13 +60,9 @@ def check_copy_blocks(
     largest = COPY_BUDGET_BYTES // MIN_COPY_RUN_BYTES * ROWS
     require_range(kernel, "num_pairs", num_pairs, 1, largest)
     elements = num_kv_heads * 2 * block_size * head_dim
-    run_bytes = copy_run_elements(num_pairs, elements, _itemsize(cache_dtype)) * _itemsize(cache_dtype)
-    if run_bytes < min(MIN_COPY_RUN_BYTES, elements * _itemsize(cache_dtype)):
+    run_bytes = copy_run_elements(num_pairs, elements, dtype_itemsize(cache_dtype)) * dtype_itemsize(cache_dtype)
+    if run_bytes < min(MIN_COPY_RUN_BYTES, elements * dtype_itemsize(cache_dtype)):
         raise refuse(kernel, "num_pairs", num_pairs, f"at most {ROWS} for blocks of {elements} elements", "Split it.")
-
-
-def _itemsize(dtype: str) -> int:
-    return {"float32": 4, "bfloat16": 2, "float16": 2}.get(dtype, 1)
 
 
 def copy_run_elements(num_pairs: int, block_elements: int, itemsize: int) -> int:
@@ -77,13 +74,16 @@ def copy_run_elements(num_pairs: int, block_elements: int, itemsize: int) -> int
     return block_elements // parts
 
 
-def heads_per_scatter(num_tokens: int, num_kv_heads: int) -> int:
-    """KV heads whose rows share one scatter: the largest divisor that keeps few tokens' rows within 128 partitions."""
-    best = 1
-    for heads in range(1, num_kv_heads + 1):
-        if num_kv_heads % heads == 0 and heads * min(num_tokens, ROWS) <= ROWS:
-            best = heads
-    return best
+def scatter_layout(num_tokens: int, num_kv_heads: int) -> tuple[int, int]:
+    """(sides, heads) whose rows of `num_tokens` tokens share one scatter, so that there are the fewest scatters: both
+    of K and V (sides = 2) or one, and a divisor of the KV heads; within 128 partitions if any are."""
+    best = [1, 1]
+    for sides in (1, 2):
+        for heads in range(1, num_kv_heads + 1):
+            if num_kv_heads % heads == 0 and sides * heads * min(num_tokens, ROWS) <= ROWS:
+                if sides * heads > best[0] * best[1]:
+                    best = [sides, heads]
+    return best[0], best[1]
 
 
 # -- kernels ----------------------------------------------------------------------------------------------------------
@@ -98,18 +98,18 @@ def reshape_and_cache(key, value, kv_cache, slot_mapping, k_scale=None, v_scale=
     the end are dropped. Returns kv_cache.
 
     Pseudocode: row(t, h, which) = (slot // B)·2KB + h·2B + which·B + slot % B;  cache_rows[row] = quantise(x[t, h]).
-    Partition (hl, t) of a tile holds head hl·(K/hp) + g of token t; g steps through static offsets, so that one index
-    per partition serves all heads and both of K and V.
+    Partition (side, hl, t) of a tile holds head hl·(K/heads) + g of token t; g, and K or V unless a tile holds both,
+    step through static offsets, so that one index per partition serves all.
     """
     num_tokens, num_kv_heads, head_dim = key.shape
-    heads = heads_per_scatter(num_tokens, num_kv_heads)
+    sides, heads = scatter_layout(num_tokens, num_kv_heads)
     tail = num_tokens % ROWS
     full_tiles = []
     for _i in range(min(SETS, num_tokens // ROWS)):
-        full_tiles.append(WriteTiles(kv_cache, key.dtype, heads, ROWS))
+        full_tiles.append(WriteTiles(kv_cache, key.dtype, sides, heads, ROWS))
     tail_tiles = []
     if tail > 0:
-        tail_tiles.append(WriteTiles(kv_cache, key.dtype, heads, tail))
+        tail_tiles.append(WriteTiles(kv_cache, key.dtype, sides, heads, tail))
     for tiles in full_tiles + tail_tiles:
         tiles.load_constants(kv_cache, k_scale, v_scale)
     for i in range(num_tokens // ROWS):
@@ -122,9 +122,10 @@ def reshape_and_cache(key, value, kv_cache, slot_mapping, k_scale=None, v_scale=
 class WriteTiles(nl.NKIObject):  # type: ignore[name-defined]
     """SBUF tiles that write up to 128 tokens; allocated once and reused in turn."""
 
-    def __init__(self, kv_cache, dtype, heads, tokens):
+    def __init__(self, kv_cache, dtype, sides, heads, tokens):
         num_kv_heads, head_dim = kv_cache.shape[1], kv_cache.shape[4]
-        rows, groups = heads * tokens, num_kv_heads // heads
+        rows, groups = sides * heads * tokens, num_kv_heads // heads
+        self.sides = sides
         self.heads = heads
         self.tokens = tokens
         self.rows = rows
@@ -137,42 +138,54 @@ class WriteTiles(nl.NKIObject):  # type: ignore[name-defined]
         self.slot = nl.ndarray((rows, 1), dtype=nl.int32, buffer=nl.sbuf)
         self.block = nl.ndarray((rows, 1), dtype=nl.int32, buffer=nl.sbuf)
         self.index = nl.ndarray((rows, 1), dtype=nl.int32, buffer=nl.sbuf)
-        self.key = nl.ndarray((rows, groups * head_dim), dtype=dtype, buffer=nl.sbuf)
-        self.value = nl.ndarray((rows, groups * head_dim), dtype=dtype, buffer=nl.sbuf)
+        self.loaded = []  # K and V apart, or one tile with the rows of K before those of V
+        self.inverse = []
+        for _i in range(2 // sides):
+            self.loaded.append(nl.ndarray((rows, groups * head_dim), dtype=dtype, buffer=nl.sbuf))
+            self.inverse.append(nl.ndarray((rows, groups), dtype=nl.float32, buffer=nl.sbuf))
         self.scale = nl.ndarray((rows, groups), dtype=nl.float32, buffer=nl.sbuf)
-        self.k_inverse = nl.ndarray((rows, groups), dtype=nl.float32, buffer=nl.sbuf)
-        self.v_inverse = nl.ndarray((rows, groups), dtype=nl.float32, buffer=nl.sbuf)
-        self.stored = []
-        self.scaled = []
-        for _i in range(RING):
-            # The source of a scatter that skips must be a whole tile: a view of one still wrote skipped rows on trn1.
-            self.stored.append(nl.ndarray((rows, head_dim), dtype=kv_cache.dtype, buffer=nl.sbuf))
-            self.scaled.append(nl.ndarray((rows, head_dim), dtype=nl.float32, buffer=nl.sbuf))
+        self.ring = StoreRing(kv_cache.dtype, rows, head_dim)
 
     def load_constants(self, kv_cache, k_scale, v_scale):
         """Row number of each partition's first head, counted from block 1, and the inverse scales."""
         num_kv_heads, block_size = kv_cache.shape[1], kv_cache.shape[3]
         block_rows = 2 * num_kv_heads * block_size
-        if self.heads == 1:
+        if self.sides * self.heads == 1:
             nisa.memset(dst=self.head_row, value=-block_rows)
         else:
-            pattern = [[self.groups * 2 * block_size, self.heads], [0, self.tokens]]
+            step = self.groups * 2 * block_size
+            pattern = [[block_size, self.sides], [step, self.heads], [0, self.tokens]]
             nisa.iota(dst=self.line, pattern=pattern, offset=-block_rows)
             nisa.dma_copy(dst=self.head_row, src=self.line)
         nisa.memset(dst=self.zero, value=0)
         nisa.memset(dst=self.minus_one, value=-1)
         nisa.memset(dst=self.factor, value=block_rows - block_size)
         if kv_cache.dtype in FP8_DTYPES:
-            self.invert(self.k_inverse, k_scale)
-            self.invert(self.v_inverse, v_scale)
+            self.load_inverse_scales(k_scale, v_scale)
 
-    def invert(self, inverse, scale):
+    def load_inverse_scales(self, k_scale, v_scale):
         """inverse [rows, groups] = 1 / scale [K] of each partition's heads; 1 without scales."""
-        if scale == None:  # noqa: E711 - `is None` is outside the documented kernel language
-            nisa.memset(dst=inverse, value=1.0)
-            return
-        nisa.dma_copy(dst=self.scale, src=scale.ap([[self.groups, self.heads], [0, self.tokens], [1, self.groups]]))
-        nisa.reciprocal(dst=inverse, data=self.scale)
+        pattern = [[self.groups, self.heads], [0, self.tokens], [1, self.groups]]
+        half = self.heads * self.tokens
+        for i in range(len(self.inverse)):
+            nisa.memset(dst=self.scale, value=1.0)
+            scale = v_scale if i == 1 else k_scale
+            if scale != None:  # noqa: E711 - `is None` is outside the documented kernel language
+                nisa.dma_copy(dst=self.scale[0:half, :], src=scale.ap(pattern))
+            if self.sides == 2 and v_scale != None:  # noqa: E711
+                nisa.dma_copy(dst=self.scale[half : 2 * half, :], src=v_scale.ap(pattern))
+            nisa.reciprocal(dst=self.inverse[i], data=self.scale)
+
+    def load(self, key, value, first):
+        """Keys and values of the tokens from `first` on."""
+        num_kv_heads, head_dim = key.shape[1], key.shape[2]
+        run = self.groups * head_dim
+        pattern = [[run, self.heads], [num_kv_heads * head_dim, self.tokens], [1, run]]
+        offset = first * num_kv_heads * head_dim
+        half = self.heads * self.tokens
+        second = self.loaded[0][half : 2 * half, :] if self.sides == 2 else self.loaded[1]
+        nisa.dma_copy(dst=self.loaded[0][0:half, :], src=key.ap(pattern, offset=offset))
+        nisa.dma_copy(dst=second, src=value.ap(pattern, offset=offset))
 
     def compute_index(self, slot_mapping, first, block_size):
         """index [rows, 1] = row of each partition's first head, counted from block 1; -1 for dropped slots.
@@ -180,7 +193,7 @@ class WriteTiles(nl.NKIObject):  # type: ignore[name-defined]
         Counting from block 1 makes every row of the null block negative. All arithmetic on 32-bit integers is exact:
         shifts on VectorE work on bit patterns, sums and products of all-int32 tiles run on GpSimd.
         """
-        pattern = [[0, self.heads], [1, self.tokens], [1, 1]]
+        pattern = [[0, self.sides * self.heads], [1, self.tokens], [1, 1]]
         nisa.dma_copy(dst=self.slot, src=slot_mapping.ap(pattern, offset=first))
         _integer(self.slot, self.slot, self.zero, nl.maximum)
         nisa.tensor_scalar(dst=self.block, data=self.slot, op0=nl.right_shift, operand0=log2(block_size))
@@ -188,6 +201,55 @@ class WriteTiles(nl.NKIObject):  # type: ignore[name-defined]
         _integer(self.index, self.index, self.slot, nl.add)
         _integer(self.index, self.index, self.head_row, nl.add)
         _integer(self.index, self.index, self.minus_one, nl.maximum)
+
+    def scatter(self, kv_cache, index, first_block):
+        """Write what is loaded; index [rows, 1]: cache row of each partition's first head, K if a tile is K or V,
+        counted from `first_block`."""
+        _, num_kv_heads, _, block_size, head_dim = kv_cache.shape
+        table = kv_cache.reshape((kv_cache.shape[0] * num_kv_heads * 2 * block_size, head_dim))
+        for g in range(self.groups):
+            for i in range(len(self.loaded)):
+                source = self.loaded[i][:, nl.ds(g * head_dim, head_dim)]
+                stored = self.ring.store(source, self.inverse[i][:, g : g + 1])
+                offset = (first_block * 2 * num_kv_heads + 2 * g + i) * block_size * head_dim
+                target = table.ap(
+                    [[head_dim, self.rows], [1, head_dim]], offset=offset, vector_offset=index, indirect_dim=0
+                )
+                nisa.dma_copy(dst=target, src=stored, oob_mode=nisa.oob_mode.skip)
+
+
+class StoreRing(nl.NKIObject):  # type: ignore[name-defined]
+    """Tiles [rows, elements] in the cache's dtype, used in turn as the sources of scatters.
+
+    The source of a scatter that skips must be a whole tile: a view of one still wrote skipped rows on trn1.
+    """
+
+    def __init__(self, dtype, rows, elements):
+        self.next = 0
+        self.is_fp8 = dtype in FP8_DTYPES
+        self.stored = []
+        self.scaled = []
+        for _i in range(RING):
+            self.stored.append(nl.ndarray((rows, elements), dtype=dtype, buffer=nl.sbuf))
+            if self.is_fp8:
+                self.scaled.append(nl.ndarray((rows, elements), dtype=nl.float32, buffer=nl.sbuf))
+
+    def store(self, source, inverse):
+        """A tile with what the cache stores for `source`: its values, or for fp8 those times inverse [rows, 1], within
+        ±240. The two engines that can share the work do."""
+        stored = self.stored[self.next % RING]
+        if self.is_fp8:
+            scaled = self.scaled[self.next % RING]
+            nisa.activation(dst=scaled, op=nl.copy, data=source, scale=inverse)
+            nisa.tensor_scalar(
+                dst=stored, data=scaled, op0=nl.minimum, operand0=FP8_E4M3_MAX, op1=nl.maximum, operand1=-FP8_E4M3_MAX
+            )
+        elif self.next % 2 == 0:
+            nisa.tensor_copy(dst=stored, src=source, engine=nisa.engine.vector)
+        else:
+            nisa.activation(dst=stored, op=nl.copy, data=source)
+        self.next = self.next + 1
+        return stored
 
 
 def _integer(dst, data1, data2, op):
@@ -205,38 +267,9 @@ def log2(n):
 
 def _write_tokens(tiles, key, value, kv_cache, slot_mapping, first):
     """Write keys and values of one tile of tokens, from token `first` on."""
-    num_kv_heads, head_dim = key.shape[1], key.shape[2]
-    run = tiles.groups * head_dim
-    pattern = [[run, tiles.heads], [num_kv_heads * head_dim, tiles.tokens], [1, run]]
-    offset = first * num_kv_heads * head_dim
     tiles.compute_index(slot_mapping, first, kv_cache.shape[3])
-    nisa.dma_copy(dst=tiles.key, src=key.ap(pattern, offset=offset))
-    nisa.dma_copy(dst=tiles.value, src=value.ap(pattern, offset=offset))
-    for g in range(tiles.groups):
-        _scatter_rows(tiles, kv_cache, tiles.key, tiles.k_inverse, g, 0)
-        _scatter_rows(tiles, kv_cache, tiles.value, tiles.v_inverse, g, 1)
-
-
-def _scatter_rows(tiles, kv_cache, loaded, inverse, g, which):
-    """Write the rows of head g of each partition: keys (which = 0) or values (1)."""
-    num_blocks, num_kv_heads, _, block_size, head_dim = kv_cache.shape
-    source = loaded[:, nl.ds(g * head_dim, head_dim)]
-    slot = (2 * g + which) % RING
-    stored = tiles.stored[slot]
-    if kv_cache.dtype in FP8_DTYPES:  # the quotient on ScalarE, the clamp on VectorE
-        scaled = tiles.scaled[slot]
-        nisa.activation(dst=scaled, op=nl.copy, data=source, scale=inverse[:, g : g + 1])
-        nisa.tensor_scalar(
-            dst=stored, data=scaled, op0=nl.minimum, operand0=FP8_E4M3_MAX, op1=nl.maximum, operand1=-FP8_E4M3_MAX
-        )
-    else:
-        nisa.tensor_copy(dst=stored, src=source, engine=nisa.engine.vector)
-    table = kv_cache.reshape((num_blocks * num_kv_heads * 2 * block_size, head_dim))
-    offset = (2 * num_kv_heads + 2 * g + which) * block_size * head_dim
-    target = table.ap(
-        [[head_dim, tiles.rows], [1, head_dim]], offset=offset, vector_offset=tiles.index, indirect_dim=0
-    )
-    nisa.dma_copy(dst=target, src=stored, oob_mode=nisa.oob_mode.skip)
+    tiles.load(key, value, first)
+    tiles.scatter(kv_cache, tiles.index, 1)
 
 
 @nki.jit

@@ -18,8 +18,10 @@ from nki_kernels.hardware import generation
 from nki_kernels.paged_attention_decode import paged_attention_decode
 from nki_kernels.paged_attention_prefill import check_paged_attention_prefill, paged_attention_prefill
 from nki_kernels.plan_shape import PlanShape
+from nki_kernels.planned_cache_write import check_write_runs, write_runs
 from nki_kernels.prefill_plan import PrefillBucket
 from nki_kernels.rotary_embedding import check_rotary_embedding, rotary_embedding
+from nki_kernels.write_plan import WriteShape
 
 
 def _for_target(cache: np.ndarray, target: str) -> np.ndarray:
@@ -97,16 +99,30 @@ def simulate_reshape_and_cache(
     key: np.ndarray,
     value: np.ndarray,
     kv_cache: np.ndarray,
-    slot_mapping: np.ndarray,
+    slot_mapping: np.ndarray | None = None,
     *,
     k_scale: np.ndarray | None = None,
     v_scale: np.ndarray | None = None,
+    write_plan: np.ndarray | None = None,
     target: str = "trn2",
     strict: bool = False,
 ) -> None:
-    """Write keys and values into their slots, in place; slots of the null block are dropped."""
+    """Write keys and values into their slots, in place; slots of the null block are dropped.
+
+    One of slot_mapping, write_plan: a `plan_writes` table is all that its kernel reads.
+    """
     kv_cache = _for_target(kv_cache, target)
     num_blocks, num_kv_heads, _, block_size, head_dim = kv_cache.shape
+    if (slot_mapping is None) == (write_plan is None):
+        raise ValueError("simulate_reshape_and_cache: need one of slot_mapping and write_plan.")
+    if write_plan is not None:
+        shape = WriteShape(len(key), num_kv_heads, block_size, head_dim, key.itemsize, kv_cache.itemsize)
+        check_write_runs(shape, num_blocks, key.dtype.name, kv_cache.dtype.name)
+        simulator.run(
+            write_runs, key, value, kv_cache, write_plan, k_scale=k_scale, v_scale=v_scale, target=target,
+            strict=strict,
+        )  # fmt: skip
+        return
     check_reshape_and_cache(
         len(key), num_blocks, num_kv_heads, block_size, head_dim, key.dtype.name, kv_cache.dtype.name
     )

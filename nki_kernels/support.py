@@ -12,6 +12,11 @@ BLOCK_SIZES = (16, 32, 64, 128)
 MAX_EXACT_INDEX = 1 << 24  # integers up to here are exact in the fp32 arithmetic of VectorE
 
 
+def dtype_itemsize(dtype: str) -> int:
+    """Bytes of an element of an NKI dtype by name."""
+    return {"float32": 4, "bfloat16": 2, "float16": 2}.get(dtype, 1)
+
+
 class UnsupportedShapeError(ValueError):
     """A shape, dtype or option that a kernel has no code for; the message names it and the nearest supported one."""
 

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 from compile.buckets import Bucket, BucketGrid, DecodeBucket, DecodeTableBucket, PrefillBucket, PrefillTableBucket
 from neuron_paged.engine.packed_rows import PackedRows, SamplingArrays
+from neuron_paged.models import graph_plans
 from neuron_paged.models.graph_plans import DecodeRowsPlanner, GraphModel, plan_prefill_chunk, prefill_need
-from neuron_paged.models.graph_step import GraphBucket, plan_name
+from neuron_paged.models.graph_step import WRITE_PLAN, GraphBucket, plan_name
+from nki_kernels.write_plan import plan_writes
 
 
 class Fit(NamedTuple):
@@ -92,6 +94,9 @@ class GraphFits:
         self, rows: PackedRows, bucket: GraphBucket, plans: dict[int, NDArray[np.int32]] | None = None
     ) -> dict[str, NDArray[Any]]:
         inputs = rows.padded(bucket, self._model.block_size)
+        write_shape = graph_plans.write_shape(self._model, bucket) if isinstance(bucket, PrefillBucket) else None
+        if write_shape is not None:
+            inputs[WRITE_PLAN] = plan_writes(inputs["slot_mapping"], write_shape)
         return inputs | {plan_name(window): table for window, table in (plans or {}).items()}
 
     def padding(self, bucket: GraphBucket) -> dict[str, NDArray[Any]]:

@@ -19,7 +19,10 @@ from nki_kernels.hardware import NUM_PARTITIONS
 from nki_kernels.paged_attention_prefill import check_paged_attention_prefill
 from nki_kernels.plan import DecodePlan, PlanOverflowError
 from nki_kernels.plan_shape import PlanShape
+from nki_kernels.planned_cache_write import check_write_runs
 from nki_kernels.prefill_plan import ROW_TOKENS, plan_prefill
+from nki_kernels.support import UnsupportedShapeError, dtype_itemsize
+from nki_kernels.write_plan import MIN_TOKENS, WriteShape
 
 Int32Array = NDArray[np.int32]
 
@@ -106,6 +109,22 @@ def table_shape(model: GraphModel, bucket: DecodeBucket | PrefillBucket) -> tupl
     if isinstance(bucket, PrefillBucket):
         return prefill_shape(model, bucket).table_shape
     return decode_shape(model, bucket).table_shape(model.rank_config.num_kv_heads)
+
+
+def write_shape(model: GraphModel, bucket: PrefillBucket) -> WriteShape | None:
+    """How the bucket's tokens are written in runs; None where only rows are: few tokens, or other block sizes."""
+    rank = model.rank_config
+    if bucket.num_tokens < MIN_TOKENS:
+        return None
+    try:
+        shape = WriteShape(
+            bucket.num_tokens, rank.num_kv_heads, model.block_size, rank.head_dim, dtype_itemsize(model.dtype),
+            dtype_itemsize(model.kv_cache_dtype),
+        )  # fmt: skip
+        check_write_runs(shape, model.num_blocks, model.dtype, model.kv_cache_dtype)
+    except UnsupportedShapeError:
+        return None
+    return shape
 
 
 def check_kernel(model: GraphModel, bucket: DecodeBucket | PrefillBucket) -> None:

@@ -25,6 +25,7 @@ from nki_kernels.layout import KVCacheLayout
 
 GraphBucket = DecodeBucket | PrefillBucket | DecodeTableBucket | PrefillTableBucket
 # token ids i32 [R] as sampler.sample_static gives them, and logits [R, V] fp32 for whatever else has to be drawn.
+WRITE_PLAN = "write_plan"  # name of the plan of cache writes among a graph's inputs
 OUTPUTS = TOKEN_IDS, LOGITS = ("sampled_token_ids", "logits")
 
 
@@ -42,6 +43,9 @@ def input_specs(model: GraphModel, bucket: GraphBucket) -> tuple[TensorSpec, ...
         shapes |= {"block_table": (num_seqs, bucket.max_blocks_per_seq), "context_lens": (num_seqs,)}
     else:
         shapes |= dict.fromkeys(map(plan_name, model.windows), graph_plans.table_shape(model, bucket))
+    if isinstance(bucket, PrefillBucket):
+        write_shape = graph_plans.write_shape(model, bucket)
+        shapes |= {} if write_shape is None else {WRITE_PLAN: write_shape.table_shape}
     if isinstance(bucket, PrefillTableBucket):
         shapes["cu_seqlens_q"] = (num_seqs + 1,)
     if not isinstance(bucket, DecodeBucket | DecodeTableBucket):
@@ -92,7 +96,7 @@ class GraphStep(nn.Module):
         if self._plan_shape is None:
             return AttentionInputs(**named)
         plans = {w: AttentionPlan(named[plan_name(w)], self._plan_shape, self._is_prefill) for w in self._windows}
-        return PlannedInputs.of(named["slot_mapping"], self._num_rows, plans)
+        return PlannedInputs.of(named["slot_mapping"], self._num_rows, plans, named.get(WRITE_PLAN))
 
 
 def graph_spec(model: GraphModel, bucket: GraphBucket) -> GraphSpec:

@@ -26,6 +26,10 @@ class AttentionInputs(NamedTuple):
         """Keyword arguments of `attention` for layers of this window, beside the tables."""
         return {}
 
+    def write_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `reshape_and_cache`, beside slot_mapping."""
+        return {}
+
 
 class AttentionPlan(NamedTuple):
     """The operator's planned form: table [128, W] int32 and plan_shape, see ops.schema."""
@@ -37,17 +41,28 @@ class AttentionPlan(NamedTuple):
 
 class PlannedInputs(AttentionInputs):
     """plans: for each sliding window of the model's layers the plan that takes the place of the tables; only the number
-    of rows of block_table means anything."""
+    of rows of block_table means anything. write_plan: of slot_mapping, None = without one."""
 
     plans: Mapping[int, AttentionPlan]
+    write_plan: Tensor | None
 
     @classmethod
-    def of(cls, slot_mapping: Tensor, num_rows: int, plans: Mapping[int, AttentionPlan]) -> "PlannedInputs":
+    def of(
+        cls,
+        slot_mapping: Tensor,
+        num_rows: int,
+        plans: Mapping[int, AttentionPlan],
+        write_plan: Tensor | None = None,
+    ) -> "PlannedInputs":
         """With tables that nobody reads."""
         table = torch.zeros((num_rows, 1), dtype=torch.int32, device=slot_mapping.device)
         inputs = cls(slot_mapping, table, table[:, 0])
         inputs.plans = plans
+        inputs.write_plan = write_plan
         return inputs
+
+    def write_arguments(self) -> dict[str, Any]:
+        return {} if self.write_plan is None else {"write_plan": self.write_plan}
 
     def plan_arguments(self, sliding_window: int) -> dict[str, Any]:
         plan = self.plans[sliding_window]

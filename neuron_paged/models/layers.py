@@ -111,7 +111,7 @@ class PagedAttention(nn.Module):
         is_fp8 = kv_cache.dtype == torch.float8_e4m3fn  # other caches hold K and V as they are
         k_scale, v_scale = (self.k_scale, self.v_scale) if is_fp8 else (None, None)
         torch.ops.neuron_paged.reshape_and_cache(
-            key, value, kv_cache, inputs.slot_mapping, k_scale=k_scale, v_scale=v_scale
+            key, value, kv_cache, inputs.slot_mapping, k_scale=k_scale, v_scale=v_scale, **inputs.write_arguments()
         )
         attended = torch.ops.neuron_paged.attention(
             query,

@@ -14,6 +14,7 @@ from torch import Tensor
 from nki_kernels.layout import MIN_BLOCK_SIZE
 from nki_kernels.plan_shape import PlanShape
 from nki_kernels.prefill_plan import PrefillBucket
+from nki_kernels.write_plan import WriteShape
 
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CACHE_DTYPES = (*ACTIVATION_DTYPES, torch.float8_e4m3fn)
@@ -224,6 +225,7 @@ def check_reshape_and_cache(
     slot_mapping: Tensor,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    write_plan: Tensor | None = None,
 ) -> None:
     """Raise ValueError unless shapes, dtypes and devices of `reshape_and_cache` fit together."""
     check_cache("kv_cache", kv_cache)
@@ -239,6 +241,18 @@ def check_reshape_and_cache(
     if slot_mapping.shape[0] != key.shape[0]:
         _fail("slot_mapping", slot_mapping, f"[{key.shape[0]}] (num_tokens of key) int32")
     check_scales(kv_cache, k_scale, v_scale)
+    if write_plan is not None:
+        expected = write_shape(key, kv_cache).table_shape
+        if write_plan.shape != expected or write_plan.dtype != torch.int32 or write_plan.device != device:
+            _fail("write_plan", write_plan, f"{list(expected)} int32 on {device}, of plan_writes for this shape")
+
+
+def write_shape(key: Tensor, kv_cache: Tensor) -> WriteShape:
+    """Static shape of a planned write. UnsupportedShapeError if there is none."""
+    _, num_kv_heads, _, block_size, head_dim = kv_cache.shape
+    return WriteShape(
+        key.shape[0], num_kv_heads, block_size, head_dim, key.element_size(), kv_cache.element_size()
+    )
 
 
 def _check_block_mapping(block_mapping: Tensor) -> None:

@@ -189,8 +189,9 @@ def _reshape_and_cache(
     *,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    write_plan: Tensor | None = None,
 ) -> None:
-    checks.check_reshape_and_cache(key, value, kv_cache, slot_mapping, k_scale, v_scale)
+    checks.check_reshape_and_cache(key, value, kv_cache, slot_mapping, k_scale, v_scale, write_plan)
     if checks.debug_checks_enabled():
         value_checks.check_slot_mapping_values(kv_cache, slot_mapping, strict=True)
         value_checks.check_scale_values(k_scale, v_scale)

@@ -56,8 +56,9 @@ def _reshape_and_cache(
     *,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    write_plan: Tensor | None = None,
 ) -> None:
-    checks.check_reshape_and_cache(key, value, kv_cache, slot_mapping, k_scale, v_scale)
+    checks.check_reshape_and_cache(key, value, kv_cache, slot_mapping, k_scale, v_scale, write_plan)
 
 
 def _copy_blocks(kv_cache: Tensor, block_mapping: Tensor) -> None:

@@ -16,7 +16,9 @@ from torch import Tensor
 import neuron_paged.ops  # noqa: F401  registers torch.ops.neuron_paged
 from compile.executors import Kernel, numpy_dtype
 from compile.kernel_calls import KernelCall
+from neuron_paged.ops import checks
 from nki_kernels import simulated_calls
+from nki_kernels.write_plan import plan_slots
 
 
 def as_tensor(array: NDArray[Any]) -> Tensor:
@@ -67,6 +69,9 @@ def run_operator(call: KernelCall, operands: Sequence[NDArray[Any]], results: Se
         num_seqs = settings.pop("num_seqs")
         arguments["block_table"] = torch.zeros((num_seqs, 1), dtype=torch.int32)
         arguments["context_lens"] = torch.zeros(num_seqs, dtype=torch.int32)
+    if "write_plan" in arguments:  # nor has it slots
+        shape = checks.write_shape(arguments["key"], arguments["kv_cache"])
+        arguments["slot_mapping"] = as_tensor(plan_slots(arguments["write_plan"].numpy(), shape))
     with torch.inference_mode():
         returned = getattr(torch.ops.neuron_paged, call.name)(**arguments, **settings)
     if not call.aliases:

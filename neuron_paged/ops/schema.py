@@ -29,9 +29,11 @@ LIB.define(
 )
 
 # key, value [T, K, D] · slot_mapping [T] i32 · k_scale, v_scale [K] fp32 (fp8 caches); writes kv_cache in place
+# write_plan [128, W] i32: `plan_writes` of nki_kernels of this slot_mapping, in which slots of the null block may be
+#   left out. Both say the same; NKI kernels read the plan and write a prompt's chunk in runs of tokens.
 LIB.define(
     "reshape_and_cache(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping, *, "
-    "Tensor? k_scale=None, Tensor? v_scale=None) -> ()",
+    "Tensor? k_scale=None, Tensor? v_scale=None, Tensor? write_plan=None) -> ()",
     tags=_TAGS,
 )
 

@@ -109,12 +109,14 @@ def _new_reshape_and_cache(
     *,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    write_plan: Tensor | None = None,
 ) -> Tensor:
-    checks.check_reshape_and_cache(key, value, kv_cache, slot_mapping, k_scale, v_scale)
+    checks.check_reshape_and_cache(key, value, kv_cache, slot_mapping, k_scale, v_scale, write_plan)
     compiler = active_kernel_compiler()
     if compiler is None:
         return plain.reshape_and_cache(key, value, kv_cache, slot_mapping)
-    operands = {"key": key, "value": value, "kv_cache": kv_cache, "slot_mapping": slot_mapping}
+    operands = {"key": key, "value": value, "kv_cache": kv_cache}  # with a plan the graph does not depend on the slots
+    operands |= {"slot_mapping": slot_mapping} if write_plan is None else {"write_plan": write_plan}
     operands |= _present(k_scale=k_scale, v_scale=v_scale)
     results = [tensor_spec("kv_cache_out", kv_cache)]
     return emit_kernel(compiler, "reshape_and_cache", operands, results, {}, {0: "kv_cache"})[0]

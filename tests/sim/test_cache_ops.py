@@ -16,8 +16,8 @@ from nki_kernels.cache_ops import (
     check_reshape_and_cache,
     copy_blocks,
     copy_run_elements,
-    heads_per_scatter,
     reshape_and_cache,
+    scatter_layout,
 )
 from nki_kernels.cache_ops_ref import copy_blocks_ref, reshape_and_cache_ref
 from nki_kernels.layout import FP8_E4M3_MAX
@@ -147,18 +147,18 @@ def test_row_numbers_above_the_fp32_integers_are_exact():
     assert np.count_nonzero(kv_cache) == 6
 
 
-def test_few_tokens_of_many_heads_share_one_scatter():
+def test_few_tokens_of_many_heads_and_both_sides_share_one_scatter():
     key, value, kv_cache, slots = random_write(np.random.default_rng(7), 8, 8, 16, 128, "bfloat16", "bfloat16")
     report = simulator.run(reshape_and_cache, key, value, kv_cache, slots, strict=True).report
     assert report.timeline.bytes_by_kind["scatter"] == key.nbytes + value.nbytes
-    assert sum(e.op == "dma_copy" and "rows" in e.detail for e in report.events[0]) == 2
+    assert sum(e.op == "dma_copy" and "rows" in e.detail for e in report.events[0]) == 1
 
 
 @given(num_tokens=st.integers(1, 300), num_kv_heads=st.integers(1, 64))
-def test_heads_per_scatter_divides_the_heads_and_fits_the_partitions(num_tokens, num_kv_heads):
-    heads = heads_per_scatter(num_tokens, num_kv_heads)
+def test_scatter_layout_divides_the_heads_and_fits_the_partitions(num_tokens, num_kv_heads):
+    sides, heads = scatter_layout(num_tokens, num_kv_heads)
     assert num_kv_heads % heads == 0
-    assert heads == 1 or heads * min(num_tokens, 128) <= 128
+    assert sides * heads == 1 or sides * heads * min(num_tokens, 128) <= 128
 
 
 # -- copy_blocks ------------------------------------------------------------------------------------------------------
