@@ -19,7 +19,7 @@ from neuron_paged.bench.plan_time import measure_plan_times
 from neuron_paged.errors import InvalidRequestError
 from nki_kernels.estimates import DecodeEstimate, decode_estimate
 from nki_kernels.hardware import generation
-from nki_kernels.prefill_estimates import estimate_prefill
+from nki_kernels.prefill_estimates import estimate_planned_write, estimate_prefill, estimate_reshape_and_cache
 from nki_kernels.simulator import Report
 
 HEAD_DIM = 128
@@ -72,7 +72,9 @@ def run_kernels(peer: list[PeerRun] | None, quick: bool, progress: bool) -> dict
         rows = [row for target in targets for row in _decode_rows(target, progress)]
         rows += _ragged_rows(targets, peer, progress)
         rows += [row for target in targets for row in _shared_rows(target, progress)]
-        rows += [] if quick else [_prefill_row(target, progress) for target in targets]
+        if not quick:
+            rows += [row for target in targets for row in _write_rows(target)]
+            rows += [_prefill_row(target, progress) for target in targets]
         steps = []
         for case in step_cases(targets if quick else (*targets, "inf2")):
             _tell(progress, f"{case.model.name} on {case.target}, TP {case.tensor_parallel}")
@@ -225,6 +227,22 @@ def _peer_document(run: PeerRun) -> dict[str, Any]:
         "num_instructions": run.report.num_instructions,
         "relative_error": run.relative_error,
     }
+
+
+def _write_rows(target: str) -> Iterator[Row]:
+    """New keys and values into the cache against the time of their bytes in and out: a chunk, and a decode step."""
+    shape: dict[str, Any] = {"num_kv_heads": 8, "head_dim": HEAD_DIM, "block_size": BLOCK_SIZES[target]}
+    planned = estimate_planned_write(2048, **shape, target=target)
+    by_rows, step = (estimate_reshape_and_cache(n, **shape, target=target) for n in (2048, 64))
+    for case, call, num_tokens in (
+        ("cache write of 2048 tokens, 8 KV heads: time / its bytes'", planned, 2048),
+        ("  row by row, without a plan", by_rows, 2048),
+        ("cache write of 64 sequences' tokens: time / its bytes'", step, 64),
+    ):
+        num_bytes = 2 * num_tokens * 2 * shape["num_kv_heads"] * HEAD_DIM * 2
+        alone_ns = num_bytes / generation(target).dma_bandwidth.value
+        times = [ns / alone_ns for ns in (call.total_ns, call.fastest_ns, call.slowest_ns)]
+        yield Row(case, target, "x time", *times)
 
 
 # ---- prefill --------------------------------------------------------------------------------------------------------

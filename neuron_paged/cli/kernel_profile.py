@@ -5,6 +5,7 @@ Owns the options, which of them each kernel takes, and what is printed. The figu
 """
 
 import argparse
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from nki_kernels.hardware import generation
 from nki_kernels.prefill_estimates import (
     KernelEstimate,
     estimate_copy_blocks,
+    estimate_planned_write,
     estimate_prefill,
     estimate_reshape_and_cache,
     estimate_rotary_embedding,
@@ -28,6 +30,7 @@ from nki_kernels.prefill_estimates import (
 from nki_kernels.simulator import KernelError
 from nki_kernels.simulator.dtypes import ITEMSIZE
 from nki_kernels.simulator.runner import default_target
+from nki_kernels.support import UnsupportedShapeError
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "float8_e4m3"}
 DEFAULTS: dict[str, Any] = {
@@ -63,6 +66,7 @@ class Profile:
     estimate: KernelEstimate
     live_kv_bytes: int | None
     graph: dict[str, Any] | None = None
+    by_rows: KernelEstimate | None = None  # a planned cache write without its plan
 
     @property
     def dma_bytes_per_live_kv_byte(self) -> float | None:
@@ -244,13 +248,17 @@ def _prefill(target: str, v: dict[str, Any]) -> Profile:
 
 
 def _reshape_and_cache(target: str, v: dict[str, Any]) -> Profile:
+    """One length is a chunk of one sequence, which is written with a plan where there is one."""
     tokens = sum(v["query_lens"])
-    estimate = estimate_reshape_and_cache(
-        tokens, num_kv_heads=v["num_kv_heads"], head_dim=v["head_dim"], block_size=v["block_size"], dtype=v["dtype"],
-        cache_dtype=v["kv_dtype"], target=target,
-    )  # fmt: skip
+    shape = {name: v[name] for name in ("num_kv_heads", "head_dim", "block_size", "dtype")}
+    shape |= {"cache_dtype": v["kv_dtype"], "target": target}
+    estimate, by_rows = estimate_reshape_and_cache(tokens, **shape), None
+    if len(v["query_lens"]) == 1:
+        with suppress(UnsupportedShapeError):
+            estimate, by_rows = estimate_planned_write(tokens, **shape), estimate
     call = f"{tokens} tokens, {v['num_kv_heads']} KV heads, head_dim {v['head_dim']}, block_size {v['block_size']}"
-    return Profile(f"{call}, {v['dtype']}, KV {v['kv_dtype']}", None, estimate, tokens * _token_bytes(v))
+    call += f", {v['dtype']}, KV {v['kv_dtype']}"
+    return Profile(call, None, estimate, tokens * _token_bytes(v), by_rows=by_rows)
 
 
 def _copy_blocks(target: str, v: dict[str, Any]) -> Profile:
@@ -312,6 +320,11 @@ def _text(profile: Profile) -> str:
             f"products needed      {found.useful_flops / 1e9:12.3f} GFLOP  "
             f"{100 * found.useful_fraction_of_tensor_peak:.1f} % of the bf16 peak"
         )
+    if profile.by_rows:
+        lines.append(
+            f"without a plan       {profile.by_rows.total_ns / 1e3:12.2f} us   row by row, "
+            f"{profile.by_rows.total_ns / found.total_ns:.1f} times as long"
+        )
     if profile.graph:
         lines.append(_graph_text(profile.graph))
     return "\n".join(lines)
@@ -360,4 +373,5 @@ def _document(profile: Profile, values: dict[str, Any]) -> dict[str, Any]:
         "diagnostics": report.diagnostics,
         "poisoned": report.poisoned,
         "graph": profile.graph,
+        "total_ns_by_rows": profile.by_rows.total_ns if profile.by_rows else None,
     }

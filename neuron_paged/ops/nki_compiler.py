@@ -28,7 +28,6 @@ from nki_kernels.nki_entry_point import (
     TensorArgument,
 )
 from nki_kernels.plan_shape import PlanShape
-from nki_kernels.planned_cache_write import write_runs
 from nki_kernels.prefill_plan import PrefillBucket
 
 INSTALL = f"pip install --extra-index-url https://pip.repos.neuron.amazonaws.com 'nki=={NKI_RELEASE}.*'"
@@ -56,7 +55,7 @@ def invocation(call: KernelCall, num_cores: int = 1) -> Invocation:
     tensors: dict[str, Any] = {spec.name: spec for spec in call.operands}
     attributes: dict[str, Any] = dict(call.attributes)
     if "write_plan" in tensors:
-        return Invocation(write_runs, tensors | attributes)
+        return Invocation("planned_cache_write.write_runs", tensors | attributes)
     if call.name in _SIMPLE:
         return Invocation(_SIMPLE[call.name], tensors | attributes)
     if call.name != "attention" or "plan_shape" not in attributes:

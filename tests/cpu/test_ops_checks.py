@@ -220,7 +220,7 @@ PLAN = {"decode_plan", "prefill_plan", "plan_shape"}
     [
         (paged_attention_prefill_ref.paged_attention_prefill_ref, "attention", PLAN),
         (paged_attention_decode_ref.paged_attention_decode_ref, "attention", {"cu_seqlens_q", *PLAN}),
-        (cache_ops_ref.reshape_and_cache_ref, "reshape_and_cache", set()),
+        (cache_ops_ref.reshape_and_cache_ref, "reshape_and_cache", {"write_plan"}),
         (cache_ops_ref.copy_blocks_ref, "copy_blocks", set()),
         (cache_ops_ref.swap_blocks_ref, "swap_blocks", set()),
         (rotary_embedding_ref.rotary_embedding_ref, "rotary_embedding", set()),

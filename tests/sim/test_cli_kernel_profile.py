@@ -21,6 +21,7 @@ from nki_kernels import prefill_estimates
 from nki_kernels.estimates import decode_estimate
 from nki_kernels.prefill_estimates import (
     estimate_copy_blocks,
+    estimate_planned_write,
     estimate_prefill,
     estimate_reshape_and_cache,
     estimate_rotary_embedding,
@@ -105,6 +106,13 @@ def test_decode_takes_window_query_tokens_cores_and_cache_dtype() -> None:
             8 * 2 * 2 * 128 * 2,
         ),
         (
+            ["reshape_and_cache", "--query-lens", "300", "--kv-dtype", "fp8", "--target", "trn1"],
+            lambda: estimate_planned_write(
+                300, num_kv_heads=1, head_dim=128, cache_dtype="float8_e4m3", target="trn1"
+            ),
+            300 * 2 * 128,
+        ),
+        (
             ["copy_blocks", "--num-pairs", 4, "--head-dim", 64, "--target", "inf2", "--kv-dtype", "fp32"],
             lambda: estimate_copy_blocks(4, num_kv_heads=1, head_dim=64, cache_dtype="float32", target="inf2"),
             4 * 2 * 32 * 64 * 4,
@@ -115,7 +123,7 @@ def test_decode_takes_window_query_tokens_cores_and_cache_dtype() -> None:
             None,
         ),
     ],
-    ids=["prefill", "reshape_and_cache", "copy_blocks", "rope"],
+    ids=["prefill", "reshape_and_cache", "planned write", "copy_blocks", "rope"],
 )
 def test_other_kernels_agree_with_their_estimates(args, estimate, live_bytes) -> None:
     found, expected = document(*args), estimate()

@@ -15,6 +15,7 @@ from nki_kernels.plan import plan_decode, smallest_shape
 from nki_kernels.plan_shape import SlabLayout
 from nki_kernels.prefill_plan import choose_bucket, plan_prefill
 from nki_kernels.simulated_calls import simulate_attention
+from nki_kernels.write_plan import WriteShape, plan_writes
 
 LENS, TABLE = np.array([70, 0, 33], np.int32), np.array([[5, 2, 9, 1, 7], [0] * 5, [3, 8, 4, 0, 0]], np.int32)
 
@@ -57,12 +58,15 @@ def in_place(name, operands):
 SLOTS = np.array([17, 40, 90, 91, 3], np.int32)
 PAIRS = np.array([[1, 2], [2, 6], [6, 1]], np.int32)
 NEW = [bfloat16(random(5, 2, 64, seed=s)) for s in (2, 3)]
+CHUNK = [bfloat16(random(256, 2, 64, seed=s)) for s in (4, 5)]
+WRITE_PLAN = plan_writes(np.r_[39 + np.arange(130), 1 + np.arange(126) % 15], WriteShape(256, 2, 16, 64, 2, 2))
 ROTATED = {"positions": np.array([0, 3, 4, 9, 1], np.int32), "query": bfloat16(random(5, 4, 64)), "key": NEW[0],
            "cos_sin_cache": random(12, 64)}  # fmt: skip
 CALLS = {
     "decode": attention("decode_plan", decode(), 3),
     "prefill": attention("prefill_plan", prefill(), 28),
     "write": in_place("reshape_and_cache", {"key": NEW[0], "value": NEW[1], "slot_mapping": SLOTS}),
+    "planned write": in_place("reshape_and_cache", {"key": CHUNK[0], "value": CHUNK[1], "write_plan": WRITE_PLAN}),
     "copy": in_place("copy_blocks", {"block_mapping": PAIRS}),
     "rotary": ("rotary_embedding", ROTATED, {"q": ROTATED["query"], "k": NEW[0]}, {"interleaved": True}, False),
 }

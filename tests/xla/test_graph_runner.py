@@ -3,6 +3,7 @@
 traffic; nothing is compiled while serving, and what fits no bucket is finished by a counted fallback."""
 
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from compile.buckets import decode_table_grid, prefill_table_grid
+from compile.buckets import PrefillBucket, decode_table_grid, prefill_table_grid
 from compile.executors import HloCpuRuntime
 from neuron_paged.config import CacheConfig, EngineConfig, SchedulerConfig
 from neuron_paged.engine.graph_runner import GraphRunner
@@ -18,10 +19,12 @@ from neuron_paged.engine.graph_source import LoweredNow
 from neuron_paged.engine.llm_engine import LLMEngine
 from neuron_paged.engine.model_runner import ModelRunner
 from neuron_paged.engine.sampling import SamplingParams
-from neuron_paged.ops.host_kernels import CPU_KERNELS
+from neuron_paged.models.config import RopeConfig
+from neuron_paged.models.graph_step import input_specs
+from neuron_paged.ops.host_kernels import CPU_KERNELS, simulated_kernels
 from tests.xla.serving import reset
 from tests.xla.serving import serve as serve_with
-from tests.xla.tiny_model import BLOCK_SIZE, make_model
+from tests.xla.tiny_model import BLOCK_SIZE, CONFIG, make_model
 
 CACHE = CacheConfig(block_size=BLOCK_SIZE, num_blocks=17, num_swap_blocks=4)
 # Too few blocks for all requests at once: sequences are preempted and come back with other block tables.
@@ -44,6 +47,23 @@ def serve(executor, requests, **params):
 
 TRAFFIC = [(0, list(range(3, 10)), 20), (0, list(range(40, 63)), 15), (2, [5] * 30, 12), (3, [9, 8], 25),
            (3, list(range(3, 12)), 9), (9, list(range(100, 140)), 10)]  # fmt: skip
+
+
+def test_long_chunks_are_written_in_runs_wherever_they_start() -> None:
+    """By the NKI kernels in the simulator, 250 tokens at a time: the second chunk begins inside a block."""
+    rope = RopeConfig("default", tuple(10.0 ** (-i / 8) for i in range(32)))
+    config = replace(
+        CONFIG, num_layers=1, head_dim=64, max_position_embeddings=320, rope=rope, sliding_windows=(0,),
+        rope_layers=(True,),
+    )  # fmt: skip
+    model, bucket = make_model(config), PrefillBucket(256, 1)
+    cache, scheduler = CacheConfig(block_size=16, num_blocks=24), SchedulerConfig(1, 250, 320)
+    runner = GraphRunner(model, cache, [bucket], kernels=simulated_kernels("trn1"))
+    assert "write_plan" in [spec.name for spec in input_specs(runner.graph_model, bucket)]
+    traffic = [(0, np.random.default_rng(i).integers(3, 299, 310).tolist(), 1) for i in range(2)]
+    expected = serve_with(ModelRunner(model, cache), cache, scheduler, traffic)
+    assert serve_with(runner, cache, scheduler, traffic) == expected
+    assert runner.graph_stats.runs == {bucket.name: 4} and not runner.graph_stats.fallbacks
 
 
 @pytest.mark.parametrize("way", ["kernels", "plain"])

@@ -15,6 +15,7 @@ from neuron_paged.env import xla_functionalizes
 from nki_kernels.plan import plan_decode
 from nki_kernels.plan_shape import PlanShape, SlabLayout
 from nki_kernels.prefill_plan import PrefillBucket, choose_bucket, plan_prefill
+from nki_kernels.write_plan import WriteShape, plan_writes
 
 OPS = torch.ops.neuron_paged
 
@@ -46,6 +47,8 @@ def calls():
     long_table[1, :128] = long_table[0, :128]
     shared = plan_decode(long_table, long_lens, SlabLayout(264, 3, 8, 8), PlanShape(2, 1, 1, 2, 1, 2, 2))
     shared = {"decode_plan": torch.from_numpy(shared.table), "plan_shape": shared.plan_shape}
+    chunk, blocks, slots = randn(256, 2, 16), randn(18, 2, 2, 16, 16), torch.arange(20, 276, dtype=torch.int32)
+    write_plan = torch.from_numpy(plan_writes(slots.numpy(), WriteShape(256, 2, 16, 16, 4, 4)))
     return {
         "shared_plan": ("attention", (query[:2], randn(264, 3, 2, 8, 16), *nothing), shared, None),
         "decode_plan": ("attention", (query[:4], cache, *nothing), options | decode, None),
@@ -54,6 +57,7 @@ def calls():
         "packed": ("attention", (query, cache, table, ints(20, 11), ints(0, 2, 5)), extras, None),
         "rotary": ("rotary_embedding", (ints(0, 1, 2, 7, 9), query, key, randn(10, 16)), {"interleaved": True}, None),
         "write": ("reshape_and_cache", (key, -key, cache, ints(16, 17, 1, 40, 41)), {}, 2),
+        "planned write": ("reshape_and_cache", (chunk, -chunk, blocks, slots), {"write_plan": write_plan}, 2),
         "copy": ("copy_blocks", (cache, ints([1, 2], [2, 1], [2, 7])), {}, 0),
         "swap": ("swap_blocks", (cache, torch.zeros(4, 3, 2, 8, 16), ints([7, 0], [2, 3])), {}, 1),
     }
