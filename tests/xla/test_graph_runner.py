@@ -58,7 +58,7 @@ def test_long_chunks_are_written_in_runs_wherever_they_start() -> None:
     )  # fmt: skip
     model, bucket = make_model(config), PrefillBucket(256, 1)
     cache, scheduler = CacheConfig(block_size=16, num_blocks=24), SchedulerConfig(1, 250, 320)
-    runner = GraphRunner(model, cache, [bucket], kernels=simulated_kernels("trn1"))
+    runner = GraphRunner(model, cache, [bucket], HloCpuRuntime(simulated_kernels("trn1")), LoweredNow(True))
     assert "write_plan" in [spec.name for spec in input_specs(runner.graph_model, bucket)]
     traffic = [(0, np.random.default_rng(i).integers(3, 299, 310).tolist(), 1) for i in range(2)]
     expected = serve_with(ModelRunner(model, cache), cache, scheduler, traffic)
