@@ -56,7 +56,7 @@ def test_long_chunks_are_written_in_runs_wherever_they_start() -> None:
         CONFIG, num_layers=1, head_dim=64, max_position_embeddings=320, rope=rope, sliding_windows=(0,),
         rope_layers=(True,),
     )  # fmt: skip
-    model, bucket = make_model(config), PrefillBucket(256, 1)
+    model, bucket = make_model(config, 320), PrefillBucket(256, 1)
     cache, scheduler = CacheConfig(block_size=16, num_blocks=24), SchedulerConfig(1, 250, 320)
     runner = GraphRunner(model, cache, [bucket], HloCpuRuntime(simulated_kernels("trn1")), LoweredNow(True))
     assert "write_plan" in [spec.name for spec in input_specs(runner.graph_model, bucket)]
