@@ -18,6 +18,8 @@ from neuron_paged.models.graph_plans import DecodeRowsPlanner, GraphModel, plan_
 from neuron_paged.models.graph_step import WRITE_PLAN, GraphBucket, plan_name
 from nki_kernels.write_plan import plan_writes
 
+_MAX_PLANNERS = 8  # parts that a step's decode rows may be split into and still be planned from the step before
+
 
 class Fit(NamedTuple):
     """bucket: what the rows take. need: what they would need exactly. inputs: of its graph. is_larger: decode rows in
@@ -40,13 +42,13 @@ class Division(NamedTuple):
 class GraphFits:
     """Grids by kind, and the choice among them. buckets: of each kind the cheapest first, as they are tried.
 
-    The inputs of a fit may be written over when the next is found.
+    The inputs of a fit may be written over when the next is found. Rows that went on by a token each keep their bucket.
     """
 
     def __init__(self, model: GraphModel, buckets: Sequence[GraphBucket]) -> None:
         self._model = model
         self._decode: BucketGrid[DecodeBucket] | None = _grid(buckets, DecodeBucket)
-        self._planner: DecodeRowsPlanner | None = None  # of the bucket that took decode rows last
+        self._planners: list[DecodeRowsPlanner] = []  # of decode rows, those used last at the end
         self._prefill: BucketGrid[PrefillBucket] | None = _grid(buckets, PrefillBucket)
         self._decode_tables: BucketGrid[DecodeTableBucket] | None = _grid(buckets, DecodeTableBucket)
         self._prefill_tables: BucketGrid[PrefillTableBucket] | None = _grid(buckets, PrefillTableBucket)
@@ -74,15 +76,21 @@ class GraphFits:
         return Fit(table_bucket, table_need, self._inputs(rows, table_bucket), rows.is_decode)
 
     def _find_decode(self, rows: PackedRows, width: int) -> Fit | None:
-        last, table, lens = self._planner, rows.block_table, rows.context_lens
-        if last is not None and (plans := last.advance(table, lens)) is not None:
-            return Fit(last.bucket, plans.need, self._inputs(rows, last.bucket, plans.tables))
+        table, lens = rows.block_table, rows.context_lens
+        for number, planner in enumerate(self._planners):
+            if (plans := planner.advance(table, lens)) is not None:
+                self._planners.append(self._planners.pop(number))
+                return Fit(planner.bucket, plans.need, self._inputs(rows, planner.bucket, plans.tables))
+        oldest = self._planners.pop(0) if len(self._planners) == _MAX_PLANNERS else None
         for bucket in self._decode or ():
             if bucket.num_seqs < rows.num_seqs:
                 continue
-            planner = DecodeRowsPlanner(self._model, bucket) if last is None or last.bucket != bucket else last
+            if oldest is not None and oldest.bucket == bucket:
+                planner = oldest  # its tables are written over
+            else:
+                planner = DecodeRowsPlanner(self._model, bucket)
             if (plans := planner.plan(table, lens)) is not None:
-                self._planner = planner
+                self._planners.append(planner)
                 return Fit(bucket, plans.need, self._inputs(rows, bucket, plans.tables))
         if self._decode_tables is None:
             return None

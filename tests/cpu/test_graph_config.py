@@ -29,7 +29,9 @@ from neuron_paged.engine.packed_rows import PackedRows, SamplingArrays
 from neuron_paged.engine.rank_pool import RankPool
 from neuron_paged.errors import ConfigError, GraphError
 from neuron_paged.models.graph_plans import DecodeRowsPlanner, GraphModel, prefill_need, table_shape
+from neuron_paged.models.graph_step import plan_name
 from neuron_paged.models.llama import LlamaModel
+from neuron_paged.ops.planned import decode_tables
 from tests.xla.family_models import family_config
 
 REFUSED = [
@@ -151,6 +153,29 @@ def test_a_bucket_with_shared_folds_takes_common_prefixes_once_and_any_other_row
         assert found is not None and found.need == DecodeBucket(4, 0, 1, 4, 1)
     found = DecodeRowsPlanner(model, DecodeBucket(4, 4, 1, 4)).plan(table, lens)  # without: read for each
     assert found is not None and found.need == DecodeBucket(4, 4, 1, 4)
+
+
+def test_parts_of_a_step_are_planned_from_those_of_the_step_before() -> None:
+    """Ten pairs of rows that take turns: eight plans change in place, the others are made anew; all are right."""
+    model, _ = model_and_limits(4, 128, 8192, 16)
+    fits = GraphFits(model, [DecodeBucket(2, 0, 2, 2)])
+    tables = np.arange(1, 20 * 20 + 1, dtype=np.int32).reshape(10, 2, 20)
+    start, memory = np.random.default_rng(0).integers(1, 300, (10, 2)).astype(np.int32), {}
+    for parts in (range(8), range(10)):
+        for step in range(20):
+            for part in parts:
+                lens, none = start[part] + np.int32(step), np.zeros(2, np.int32)
+                rows = PackedRows(none, lens - 1, none, tables[part], lens, np.arange(3, dtype=np.int32),
+                                  np.arange(2, dtype=np.int32), SamplingArrays.greedy(2))  # fmt: skip
+                fit = fits.find(rows)
+                assert fit is not None
+                plan = fit.inputs[plan_name(0)]
+                found = decode_tables(plan, (0, 2, 2, 16), num_seqs=2, q_len=1, sliding_window=0,
+                                      kv_cache_shape=(model.num_blocks, 1, 2, 16, 8))  # fmt: skip
+                assert (found.context_lens == lens).all()
+                for seq, blocks in enumerate(-(-lens // 16)):
+                    assert (found.block_table[seq, :blocks] == tables[part, seq, :blocks]).all()
+                assert len(parts) > 8 or memory.setdefault(part, plan) is plan
 
 
 def test_default_buckets_read_a_common_prefix_once() -> None:
