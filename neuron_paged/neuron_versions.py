@@ -95,8 +95,8 @@ def _sdk(releases: Mapping[str, str], version: str | None) -> str | None:
 
 
 def _numbers(version: str | None) -> tuple[int, ...] | None:
-    """(major, minor), None for what is no version."""
+    """(major, minor), None for what is no version. Wheels add "+BUILD", such as nki's "+31049202112.g85070674"."""
     try:
-        return None if version is None else compiler_version(version.split("-")[0])[:2]
+        return None if version is None else compiler_version(version.split("-")[0].split("+")[0])[:2]
     except ValueError:
         return None

@@ -159,7 +159,13 @@ def plan_build(
         lnc = check_lnc(target, settings.lnc)
         fields_of, backend = _neuron_backend(target, lnc, settings)
         operators = neuron_operators(
-            graph_model._replace(target=target), lnc, scheduler, buckets, kernels, settings.nki_python
+            graph_model._replace(target=target),
+            lnc,
+            scheduler,
+            buckets,
+            kernels,
+            backend.compiler.version,
+            settings.nki_python,
         )
         fields = fields_of(operators)
     require_torch_xla(python)
@@ -181,7 +187,7 @@ def _cpu_backend(operators: Operators) -> tuple[Fields, Backend]:
 
 def _neuron_backend(
     target: str, lnc: int, settings: CompilerSettings
-) -> tuple[Callable[[Operators], Fields], Backend]:
+) -> tuple[Callable[[Operators], Fields], NeuronBackend]:
     """The compiler, checked, and the fields of what it compiles."""
     compiler = find_compiler(settings.executable, allow_unknown=settings.allow_unknown)
     environment = canonical_flags(parse_flags(settings.environment_flags), compiler.version, origin="NEURON_CC_FLAGS")

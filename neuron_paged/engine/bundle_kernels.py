@@ -15,6 +15,7 @@ from neuron_paged.config import SchedulerConfig
 from neuron_paged.engine.graph_buckets import GraphBucket, default_buckets, named_buckets
 from neuron_paged.errors import ConfigError
 from neuron_paged.models.graph_plans import GraphModel, check_kernel
+from neuron_paged.neuron_versions import version_problems
 from neuron_paged.ops.nki_compiler import INSTALL, NkiKernelCompiler
 
 
@@ -55,25 +56,40 @@ def neuron_operators(
     limits: SchedulerConfig,
     names: Sequence[str] | None,
     kernels: str | None,
+    compiler_version: str,
     nki_python: Path | None = None,
 ) -> Operators:
     """For model.target, a Neuron target. kernels: None = NKI kernels where there is an nki for them, else plain
-    operations and a note. nki_python: interpreter that has nki, None = this one.
+    operations and a note. compiler_version: neuronx-cc's. nki_python: interpreter that has nki, None = this one.
 
-    Raises ConfigError for kernels="nki" with a model or buckets that they don't take, MissingPackageError without nki.
+    Raises ConfigError for kernels="nki" with a model or buckets that they don't take, MissingPackageError without nki
+    of the compiler's SDK.
     """
     if kernels not in (None, "nki", "plain"):
         raise ConfigError(f"graph_kernels: got {kernels!r} for {model.target}, need 'nki' or 'plain'.")
     note = ""
     if kernels != "plain":
         try:
-            return _nki_operators(model._replace(num_cores=lnc), limits, names, kernels, nki_python)
+            found = _nki_operators(model._replace(num_cores=lnc), limits, names, kernels, nki_python)
+            _check_release(found, compiler_version)
+            return found
         except (ConfigError, MissingPackageError) as error:
             if kernels == "nki" or nki_python is not None:
                 raise
             note = str(error)
     buckets = default_buckets(model, limits, planned=False) if names is None else named_buckets(names)
     return Operators("plain", model, tuple(buckets), note=note)
+
+
+def _check_release(operators: Operators, compiler_version: str) -> None:
+    """Compilers refuse kernels of another SDK's nki (NCC_EVRF065, NCC_INLA001)."""
+    assert operators.nki is not None
+    problems = version_problems(
+        driver=None, runtime=None, compiler=compiler_version, nki=operators.nki.version, nrtpy=None
+    )
+    for problem in problems:
+        if problem.startswith("nki"):
+            raise MissingPackageError(f"NKI kernels: {problem}")
 
 
 def _nki_operators(

@@ -19,6 +19,7 @@ GOOD = {
         ({"driver": "2.26.5.0"}, "need a driver after 2.26"),
         ({"driver": "2.26.5.0", "runtime": "2.31.1.0"}, None),
         ({"nki": "0.4.0"}, "nki 0.4.0 belongs to SDK 2.30"),
+        ({"nki": "0.5.0+28631259367.ga768afa6"}, "nki 0.5.0+28631259367.ga768afa6 belongs to SDK 2.31"),
         ({"compiler": "2.15.1.0"}, "not a release this version knows"),
         ({"compiler": "nonsense", "driver": None, "nki": None}, None),
         ({"nki": None, "nrtpy": "2.34.10"}, None),

@@ -105,20 +105,19 @@ class Binaries:
                 result[...] = output
 
 
-@pytest.mark.parametrize(("target", "num_cores"), [("inf2", 1), ("trn2", 2)])
 def test_kernels_in_a_bundle_get_their_operands(
-    model: Path, tmp_path: Path, nki: Path, capsys: pytest.CaptureFixture[str], target: str, num_cores: int
+    model: Path, tmp_path: Path, nki: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert compile_bundle(model, tmp_path / "store", "--target", target, "--buckets", DECODE, PREFILL) == 0
+    assert compile_bundle(model, tmp_path / "store", "--target", "trn2", "--buckets", DECODE, PREFILL) == 0
     assert "plain operations" not in capsys.readouterr().err
     bundle, graphs = the_bundle(tmp_path / "store")
-    assert (bundle.fields["operators"], bundle.fields["lnc"]) == ("nki", num_cores)
+    assert (bundle.fields["operators"], bundle.fields["lnc"]) == ("nki", 2)
     assert bundle.fields["nki"] == "0.6.0+31049202112.g85070674"
-    assert bundle.fields["plans_for"] == {"target": target, "num_cores": num_cores}
+    assert bundle.fields["plans_for"] == {"target": "trn2", "num_cores": 2}
     for graph in graphs.values():
         names = [graph.manifest.kernels[c.backend_config.decode()].name for c in parse_module(graph.hlo).custom_calls()]
         assert Counter(names) == {"attention": 2, "reshape_and_cache": 2, "rotary_embedding": 2}
-        assert graph.manifest.kernel_compiler == f"nki 0.6.0+31049202112.g85070674 {target} lnc{num_cores}"
+        assert graph.manifest.kernel_compiler == "nki 0.6.0+31049202112.g85070674 trn2 lnc2"
         assert len(graph.artifacts) == 2 * len(graph.manifest.kernels) == 6
     binaries, cache = Binaries(graphs), CacheConfig(block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS)
 
@@ -140,9 +139,9 @@ def test_kernels_in_a_bundle_get_their_operands(
     assert binaries.runs["reshape_and_cache"] == 2 * sum(runner.graph_stats.runs.values())
 
 
-def dry_run(model: Path, tmp_path: Path, *options: str) -> dict[str, Any]:
+def dry_run(model: Path, tmp_path: Path, *options: str, target: str = "trn2") -> dict[str, Any]:
     output = tmp_path / "plan.json"
-    command = ["--target", "trn2", "--buckets", DECODE, "--dry-run", "--json", str(output), *options]
+    command = ["--target", target, "--buckets", DECODE, "--dry-run", "--json", str(output), *options]
     assert compile_bundle(model, tmp_path / "store", *command) == 0
     return json.loads(output.read_text())
 
@@ -150,11 +149,22 @@ def dry_run(model: Path, tmp_path: Path, *options: str) -> dict[str, Any]:
 def test_the_key_has_operators_and_nkis_version(model: Path, tmp_path: Path, nki: Path) -> None:
     one = dry_run(model, tmp_path)
     assert one["fields"]["operators"] == "nki"
+    assert dry_run(model, tmp_path, target="inf2")["fields"]["plans_for"] == {"target": "inf2", "num_cores": 1}
     metadata = nki / "nki-0.6.0.dist-info" / "METADATA"
     metadata.write_text(metadata.read_text().replace("0.6.0+", "0.6.1+"))
     other, plain = dry_run(model, tmp_path), dry_run(model, tmp_path, "--graph-kernels", "plain")
     assert len({plan["key"] for plan in (one, other, plain)}) == 3
     assert other["fields"]["nki"].startswith("0.6.1+") and "nki" not in plain["fields"]
+
+
+def test_nki_of_another_sdk_than_the_compilers(
+    model: Path, tmp_path: Path, nki: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("STAND_IN_VERSION", "2.25.3371.0")
+    says = "belongs to SDK 2.32, neuronx-cc 2.25.3371.0 to SDK 2.30; install both from one SDK"
+    assert dry_run(model, tmp_path)["fields"]["operators"] == "plain" and says in capsys.readouterr().err
+    command = ["--target", "trn2", "--buckets", DECODE, "--graph-kernels", "nki"]
+    assert compile_bundle(model, tmp_path / "store", *command) == 2 and says in capsys.readouterr().err
 
 
 def test_without_nki_a_note_says_that_operations_are_plain(
