@@ -26,6 +26,7 @@ class DecodePlanner:
         self.layout, self.shape, self.sliding_window = layout, shape, sliding_window
         self._plan: DecodePlan | None = None
         self._is_current = False  # else `_plan` is good for its memory only
+        self._blocks = np.empty((0, 0), np.int32)  # the last batch's block table, with room for more columns
 
     def plan(self, block_table: np.ndarray, context_lens: np.ndarray) -> DecodePlan:
         """The plan of a step; arguments and errors as `plan_decode`'s."""
@@ -39,15 +40,23 @@ class DecodePlanner:
             block_table, context_lens, self.layout, self.shape, sliding_window=window, out=out, spread=window <= 0
         )
         if window <= 0:  # with one, contexts also lose slabs
-            self._remember(self._plan, block_table, context_lens)
+            self._remember(block_table, context_lens)
         return self._plan
 
-    def _remember(self, plan: DecodePlan, block_table: np.ndarray, context_lens: np.ndarray) -> None:
-        shape, width = self.shape, block_table.shape[1]
+    def _remember(self, block_table: np.ndarray, context_lens: np.ndarray) -> None:
+        """What the next batch is compared with."""
+        num_seqs, width = block_table.shape
         self._lens = np.array(context_lens, np.int64)
         self._grown = self._lens + (self._lens > 0)  # what the next step's must be
-        self._blocks = np.zeros((len(self._lens), width + _SPARE_COLUMNS), np.int32)
+        if self._blocks.shape[0] != num_seqs or not width <= self._blocks.shape[1] <= width + 2 * _SPARE_COLUMNS:
+            self._blocks = np.empty((num_seqs, width + _SPARE_COLUMNS), np.int32)
         self._blocks[:, :width] = block_table
+        self._blocks[:, width:] = 0
+        self._is_current, self._knows_places = True, False
+
+    def _find_places(self, plan: DecodePlan) -> None:
+        """What the mixed folds of a plan from scratch hold."""
+        shape = self.shape
         rows, self._slab_len, self._slab_seq, self._pairs = plan.sections()
         rows = rows.reshape(SLABS_PER_FOLD, self.layout.num_kv_heads, shape.num_folds)
         self._rows = rows[:, :, shape.full_folds :]
@@ -58,13 +67,13 @@ class DecodePlanner:
         self._members = (pairs >= 0).sum(axis=1).tolist()  # sequences of each, which are its first pairs
         homes = np.argwhere(pairs >= 0)  # fold and local number of every pair; a sequence's last one counts
         self._home = dict(zip(pairs[pairs >= 0].tolist(), homes.tolist(), strict=True))
-        self._is_current = True
+        self._knows_places = True
 
     def advance(self, block_table: np.ndarray, context_lens: np.ndarray) -> DecodePlan | None:
         """The last plan changed for a batch that differs by a token at the end of every sequence; None for any other
         batch, and where mixed folds have no place for its new slabs."""
-        layout = self.layout
-        if not self._is_current or block_table.ndim != 2 or block_table.dtype != np.int32:
+        layout, plan = self.layout, self._plan
+        if plan is None or not self._is_current or block_table.ndim != 2 or block_table.dtype != np.int32:
             return None
         num_seqs, width = block_table.shape
         if num_seqs != len(self._lens) or width > self._blocks.shape[1]:
@@ -84,6 +93,8 @@ class DecodePlanner:
         if len(begin) and int(blocks.view(np.uint32).max()) >= layout.num_blocks:
             return None
         self._is_current = False  # until every slab has a place
+        if not self._knows_places:
+            self._find_places(plan)
         known[row, column] = block_table[row, column]
         self._slab_len += self._live
         cache_rows = blocks * (layout.num_kv_heads * layout.row_step) + part
@@ -92,7 +103,7 @@ class DecodePlanner:
                 return None
         self._lens, self._grown = self._grown, self._grown + (self._grown > 0)
         self._is_current = True
-        return self._plan
+        return plan
 
     def _add_slab(self, sequence: int, cache_row: int) -> bool:
         """Puts a slab that holds a sequence's last token only, at `cache_row` for head 0, into a mixed fold with room:
