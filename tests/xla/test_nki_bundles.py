@@ -8,7 +8,10 @@ by its place; the simulator runs them. neuronx-cc is a stand-in too.
 
 import importlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from compile.hlo import parse_module
 from compile.kernel_calls import KernelCall, kernel_file
 from compile.lowered_graph import LoweredGraph
 from compile.store import open_store
+from neuron_paged import LLM, SamplingParams
 from neuron_paged.cli import main
 from neuron_paged.config import CacheConfig, SchedulerConfig
 from neuron_paged.engine.bundles import ChosenBundle
@@ -137,6 +141,40 @@ def test_kernels_in_a_bundle_get_their_operands(
     assert len({token for [tokens] in served.values() for token in tokens}) > 3
     assert set(runner.graph_stats.runs) == {DECODE, PREFILL} and not runner.graph_stats.fallbacks
     assert binaries.runs["reshape_and_cache"] == 2 * sum(runner.graph_stats.runs.values())
+
+
+SERVE = """
+import json, sys
+from neuron_paged import LLM, SamplingParams
+llm = LLM(sys.argv[1], executor="neuron", bundle=sys.argv[2], no_compile=True, progress=False)
+outputs = llm.generate(
+    [{"prompt_token_ids": tokens} for tokens in json.loads(sys.argv[3])],
+    SamplingParams(temperature=0, max_tokens=4, ignore_eos=True), use_tqdm=False,
+)
+g = llm.engine.metrics.snapshot()["graphs"]
+print(json.dumps([[o.outputs[0].token_ids for o in outputs], g["runs"], g["fallbacks"], "nki" in sys.modules]))
+"""
+
+
+def test_neffs_with_nki_kernels_are_served_without_nki(model: Path, tmp_path: Path, nki: Path) -> None:
+    assert compile_bundle(model, tmp_path / "store", "--target", "trn2", "--buckets", DECODE, PREFILL) == 0
+    prompts = [list(range(3, 23)), [9, 8, 7]]
+    command = [sys.executable, "-c", SERVE, str(model), str(tmp_path / "store"), json.dumps(prompts)]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(NEURONX_CC).parent)]),
+        "NEURON_PAGED_CACHE_DIR": str(tmp_path / "cache"),
+        "NEURON_PLATFORM_TARGET_OVERRIDE": "trn2",
+        "STAND_IN_DEVICE": "trn2/2",
+    }
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    tokens, runs, fallbacks, has_nki = json.loads(done.stdout)
+    eager = LLM(model, block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS, max_model_len=MAX_LEN, progress=False)
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    expected = eager.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    assert tokens == [output.outputs[0].token_ids for output in expected]
+    assert set(runs) == {DECODE, PREFILL} and set(fallbacks) <= {"chunk", "split"} and not has_nki
 
 
 def dry_run(model: Path, tmp_path: Path, *options: str, target: str = "trn2") -> dict[str, Any]:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stands in for AWS's nrtpy in tests: its documented interface, over NEFFs that the stand-in neuronx-cc made, whose HLO
-runs on XLA:CPU. Nothing that AWS's pages don't document is offered.
+"""Stands in for AWS's nrtpy in tests: its documented interface and nothing else, over NEFFs of the stand-in neuronx-cc.
+Their HLO runs on XLA:CPU, their NKI kernels (the stand-in nki's) in the simulator.
 
 A "device" keeps tensors as arrays of its own. It is stricter than the pages: names, sizes, shapes and cores must match,
 an aliased output must be its input's tensor, and the memory of results holds 0xFF until the NEFF ran.
@@ -100,10 +100,10 @@ class NrtpyTensor:
 class NrtpyModel:
     """One NEFF. Its HLO is compiled for the CPU when it is loaded."""
 
-    def __init__(self, name: str, core_id: int, hlo: bytes) -> None:
+    def __init__(self, name: str, core_id: int, hlo: bytes, kernels: dict[str, str]) -> None:
         from nrtpy_hlo import CpuGraph
 
-        self.name, self._core_id, self._graph = name, core_id, CpuGraph(hlo)
+        self.name, self._core_id, self._graph = name, core_id, CpuGraph(hlo, kernels)
         self.input_tensors_info = _infos(self._graph.input_names, self._graph.parameters)
         self.output_tensors_info = _infos(self._graph.output_names, self._graph.results)
 
@@ -128,7 +128,7 @@ class NrtpyModel:
         made_for = f"{facts['target']}/{facts['logical_nc_config'] or 1}"
         if os.environ.get("STAND_IN_DEVICE", made_for) != made_for:
             raise NrtError("NRT Error NRT_FAILURE(6): Failed to load model")
-        return cls(Path(neff_path).stem if name is None else name, core_id, hlo)
+        return cls(Path(neff_path).stem if name is None else name, core_id, hlo, facts["kernels"])
 
     def __call__(
         self,
