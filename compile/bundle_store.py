@@ -104,6 +104,12 @@ def find_bundle(store: Store, wanted: Fields, buckets: Iterable[str] = ()) -> Bu
     )
 
 
+def require_bundles(store: Store) -> None:
+    """BundleMissError if the store has no bundle at all; reads none."""
+    if not store.names("bundles"):
+        raise BundleMissError(f"{store.location}: no bundle in this store. Build it: {BUILD_COMMAND}.")
+
+
 def read_file(store: Store, ref: FileRef, what: str) -> bytes:
     """Contents of one file, checked against its sha256."""
     try:

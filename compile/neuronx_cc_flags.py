@@ -7,7 +7,7 @@ import re
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from compile.errors import CompileError
 
@@ -159,6 +159,16 @@ def canonical_flags(words: Iterable[str], version: str, *, origin: str = "flags"
         for name, value in sorted(found.items())
         if value is None or value != OPTIONS[name].default
     )
+
+
+def flags_by_phase(version: str, environment: str, given: Iterable[str]) -> dict[Phase, tuple[str, ...]]:
+    """All flags of a build: the defaults, then NEURON_CC_FLAGS (`environment`), then those of the command line.
+
+    Raises ValueError naming where a wrong flag comes from.
+    """
+    more = canonical_flags(parse_flags(environment), version, origin="NEURON_CC_FLAGS")
+    more += canonical_flags(given, version, origin="--compiler-flags")
+    return {phase: canonical_flags([*default_flags(phase, version), *more], version) for phase in get_args(Phase)}
 
 
 def _pairs(words: Sequence[str], origin: str) -> Iterable[tuple[str, str | None]]:

@@ -94,22 +94,41 @@ def open_store(location: str | Path, *, create: bool = False) -> Store:
 
     Raises StoreError, MissingPackageError (s3:// without boto3).
     """
-    text = str(location)
-    if text.startswith("s3://"):
+    if str(location).startswith("s3://"):
         from compile.s3_store import S3Store
 
-        return S3Store(text)
+        return S3Store(str(location))
+    path = _local_folder(location)
+    if not path.is_dir():
+        if not create:
+            raise StoreError(f"store: no folder {path}; name one that `neuron-paged compile` or `bundle pull` made.")
+        try:
+            with file_errors(f"store {path}"):
+                path.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError:  # below /proc, say
+            raise StoreError(f"store: {path} can't be made; choose another folder.") from None
+    return LocalStore(path)
+
+
+def check_target(location: str | Path) -> None:
+    """StoreError if a store is not there and can't be made, or S3 does not answer; makes nothing. See open_store."""
+    if str(location).startswith("s3://"):
+        open_store(location).names("claims")
+        return
+    path = _local_folder(location)
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise StoreError(f"store {path}: can't write to {there}; choose another folder.")
+
+
+def _local_folder(location: str | Path) -> Path:
+    text = str(location)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):  # with one slash it is a slip, and would make a folder "s3:"
         raise StoreError(f"store: got {text!r}, need a folder or s3://bucket/prefix.")
     path = Path(text).expanduser()
     if path.exists() and not path.is_dir():
         raise StoreError(f"store: {path} is not a folder, need one or s3://bucket/prefix.")
-    if not path.is_dir():
-        if not create:
-            raise StoreError(f"store: no folder {path}; name one that `neuron-paged compile` or `bundle pull` made.")
-        with file_errors(f"store {path}"):
-            path.mkdir(parents=True, exist_ok=True)
-    return LocalStore(path)
+    return path
 
 
 class LocalStore:

@@ -23,6 +23,7 @@ from neuron_paged.cli.bench_report import (
     throughput_report,
 )
 from neuron_paged.cli.bucket_report import buckets_report
+from neuron_paged.cli.early_checks import check_model
 from neuron_paged.cli.output import STDOUT, check_json_target, write_json
 from neuron_paged.env import silence_profiler_log
 from neuron_paged.errors import InvalidRequestError, NeuronPagedError
@@ -48,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the chosen benchmark and print its report."""
     check_json_target(args.json)
+    if "model" in args and not getattr(args, "no_model", False):
+        check_model(args.model)
     runners: dict[str, tuple[Callable[..., dict[str, Any]], Callable[[dict[str, Any]], str]]] = {
         "throughput": (_throughput, throughput_report),
         "latency": (_latency, latency_report),

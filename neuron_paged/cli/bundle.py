@@ -62,16 +62,15 @@ def _open(location: str, *, create: bool = False) -> "Store":
 
 def _chosen(store: "Store", key: str | None) -> list["Bundle"]:
     """The bundle of a key, or all of them; manifests that can't be read are an error."""
-    from compile.bundle_store import list_bundles, pick_bundle
+    from compile.bundle_store import list_bundles, pick_bundle, require_bundles
     from compile.errors import BundleError
 
     if key is not None:
         return [pick_bundle(store, key)]
+    require_bundles(store)
     bundles, problems = list_bundles(store)
     if problems:
         raise BundleError(problems[0])
-    if not bundles:
-        raise BundleError(f"{store.location}: no bundle in this store; `neuron-paged compile` makes one.")
     return bundles
 
 
@@ -111,9 +110,10 @@ def _row(bundle: "Bundle") -> dict[str, Any]:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from compile.bundle_store import list_bundles, pick_bundle, verify_bundle
+    from compile.bundle_store import list_bundles, pick_bundle, require_bundles, verify_bundle
 
     store = _open(args.store)
+    require_bundles(store)
     bundles, problems = ([pick_bundle(store, args.key)], []) if args.key else list_bundles(store)
     found = {bundle.key: verify_bundle(store, bundle) for bundle in bundles}
     for key, lines in found.items():

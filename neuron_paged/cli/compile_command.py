@@ -21,6 +21,7 @@ from neuron_paged.cli.arguments import (
     memory_size,
     positive_int,
 )
+from neuron_paged.cli.early_checks import check_graphs, check_model
 from neuron_paged.cli.output import check_json_target, write_json
 from neuron_paged.config import CacheConfig, SchedulerConfig
 from neuron_paged.engine.llm import split_settings
@@ -129,8 +130,6 @@ def _finished(location: str, fields: "Fields", names: list[str]) -> dict[str, bo
 
 
 def _plan(args: argparse.Namespace) -> "BuildPlan":
-    from neuron_paged.engine.bundle_builder import CompilerSettings, plan_build
-
     if args.weight_dtype != "auto":
         raise InvalidRequestError(
             f"--weight-dtype: got {args.weight_dtype!r}, graphs need auto: weights are in --dtype."
@@ -138,6 +137,9 @@ def _plan(args: argparse.Namespace) -> "BuildPlan":
     cache, scheduler = split_settings(engine_settings(args))
     try:
         from compile.neuronx_cc_flags import parse_flags
+
+        _check_early(args)
+        from neuron_paged.engine.bundle_builder import CompilerSettings, plan_build
 
         settings = CompilerSettings(
             lnc=args.lnc,
@@ -166,6 +168,29 @@ def _plan(args: argparse.Namespace) -> "BuildPlan":
         )
     except ValueError as error:  # flags and logical cores; the project's own errors are ValueErrors too
         raise InvalidRequestError(str(error)) from error
+
+
+def _check_early(args: argparse.Namespace) -> None:
+    """Compiler, flags, buckets, model and store, before torch is imported. Raises as plan_build does, or StoreError."""
+    from compile.executors import require_jaxlib
+    from compile.lower import require_torch_xla
+    from compile.neuronx_cc import find_compiler
+    from compile.neuronx_cc_flags import check_lnc, flags_by_phase, parse_flags
+    from compile.store import check_target, open_store
+
+    check_model(args.model)
+    check_graphs(None, args.buckets)
+    if args.target == "cpu":
+        require_jaxlib()
+    else:
+        check_lnc(args.target, args.lnc)
+        version = find_compiler(args.compiler, allow_unknown=args.allow_unknown_compiler).version
+        flags_by_phase(version, neuron_cc_flags(), parse_flags(args.compiler_flags))
+    require_torch_xla(None if args.graph_python is None else Path(args.graph_python))
+    if not args.dry_run:
+        check_target(args.store)
+    elif args.store.startswith("s3://"):
+        open_store(args.store)
 
 
 class _Progress:

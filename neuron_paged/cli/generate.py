@@ -25,6 +25,7 @@ from neuron_paged.cli.arguments import (
     sampling_params,
     set_threads,
 )
+from neuron_paged.cli.early_checks import check_graphs, check_model
 from neuron_paged.cli.output import STDOUT, check_json_target, write_json
 from neuron_paged.cli.prompts import Prompt, collect_prompts
 from neuron_paged.errors import InvalidRequestError
@@ -67,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
     prompts = collect_prompts(args.prompt, args.prompts_file)
     params = sampling_params(args, max_tokens=DEFAULT_MAX_TOKENS)
     check_json_target(args.json)
+    check_model(args.model)
+    check_graphs(args.bundle, args.graph_bucket)
 
     from neuron_paged.engine.llm import LLM
 

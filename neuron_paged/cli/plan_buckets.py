@@ -12,6 +12,7 @@ from typing import Any
 
 from neuron_paged.cli.arguments import need_package, positive_int
 from neuron_paged.cli.bucket_report import fits_report, plan_report
+from neuron_paged.cli.early_checks import check_model
 from neuron_paged.cli.output import STDOUT, check_file_target, check_json_target, write_file, write_json
 from neuron_paged.errors import ConfigError, InvalidRequestError
 from neuron_paged.memory import size_text
@@ -52,14 +53,21 @@ def run(args: argparse.Namespace) -> int:
         need_package("matplotlib", "--png")
     if args.trace is None and args.instance is None:
         raise InvalidRequestError("--trace: missing, need a file of requests (or --instance alone, to see what fits).")
+    from neuron_paged.planning.instances import find_instance
+    from neuron_paged.planning.trace import read_trace
+
+    # Before anything that takes seconds to import.
+    trace = None if args.trace is None else read_trace(args.trace)
+    if args.instance is not None:
+        find_instance(args.instance)
+    check_model(args.model)
+
     from neuron_paged.config import SchedulerConfig
     from neuron_paged.planning.bucket_plan import plan_buckets, replay_traffic
     from neuron_paged.planning.device_memory import DeviceMemory, fitting_ranks
     from neuron_paged.planning.replay import check_lengths
     from neuron_paged.planning.step_cost import step_cost
-    from neuron_paged.planning.trace import read_trace
 
-    trace = None if args.trace is None else read_trace(args.trace)
     setup = _Setup(args)
     rows = None
     if setup.instance is not None:

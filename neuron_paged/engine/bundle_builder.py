@@ -17,7 +17,7 @@ from compile.graph_lint import Target, check_graph
 from compile.lower import require_torch_xla
 from compile.lowered_graph import LoweredGraph
 from compile.neuronx_cc import COMPILER, find_compiler
-from compile.neuronx_cc_flags import Phase, canonical_flags, check_lnc, default_flags, parse_flags
+from compile.neuronx_cc_flags import check_lnc, flags_by_phase
 from compile.store import Store
 from neuron_paged import __version__
 from neuron_paged.config import CacheConfig, SchedulerConfig
@@ -35,7 +35,6 @@ from nki_kernels.layout import KVCacheLayout
 # The number of KV blocks is part of every graph, so it must not depend on the machine that compiles.
 DEFAULT_KV_CACHE_BYTES = 2**30
 BuildTarget = Literal["cpu", Target]
-PHASES: tuple[Phase, ...] = ("prefill", "decode")
 _TORCH_NAMES = {"auto": "float32", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -190,12 +189,7 @@ def _neuron_backend(
 ) -> tuple[Callable[[Operators], Fields], NeuronBackend]:
     """The compiler, checked, and the fields of what it compiles."""
     compiler = find_compiler(settings.executable, allow_unknown=settings.allow_unknown)
-    environment = canonical_flags(parse_flags(settings.environment_flags), compiler.version, origin="NEURON_CC_FLAGS")
-    given = canonical_flags(settings.flags, compiler.version, origin="--compiler-flags")
-    flags: dict[Phase, tuple[str, ...]] = {
-        phase: canonical_flags([*default_flags(phase, compiler.version), *environment, *given], compiler.version)
-        for phase in PHASES
-    }
+    flags = flags_by_phase(compiler.version, settings.environment_flags, settings.flags)
     backend = NeuronBackend(
         compiler,
         target,

@@ -12,7 +12,8 @@ from compile.errors import MissingPackageError
 from compile.kernel_linking import link_kernels
 from compile.lowered_graph import LoweredGraph
 from neuron_paged.config import SchedulerConfig
-from neuron_paged.engine.graph_buckets import GraphBucket, default_buckets, named_buckets
+from neuron_paged.engine.graph_buckets import GraphBucket, default_buckets
+from neuron_paged.engine.named_buckets import named_buckets
 from neuron_paged.errors import ConfigError
 from neuron_paged.models.graph_plans import GraphModel, check_kernel
 from neuron_paged.neuron_versions import version_problems

@@ -2,22 +2,18 @@
 """Which buckets an engine compiles when nobody says: ladders from its limits."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from compile.buckets import (
     FOLD_SLABS,
     BucketGrid,
     DecodeBucket,
     PrefillBucket,
-    bucket_of_name,
     decode_table_grid,
     ladder,
-    load_buckets,
     prefill_grid,
     prefill_table_grid,
 )
 from neuron_paged.config import SchedulerConfig
-from neuron_paged.errors import ConfigError
 from neuron_paged.models.graph_plans import GraphModel, decode_shape, prefill_need
 from neuron_paged.models.graph_step import GraphBucket
 from nki_kernels.hardware import NUM_PARTITIONS
@@ -75,28 +71,3 @@ def _planned_prefill(model: GraphModel, limits: SchedulerConfig) -> list[Prefill
     longest = prefill_need(model, 1, limits.max_model_len).num_folds
     tokens = ladder(min(NUM_PARTITIONS, limits.max_num_batched_tokens), limits.max_num_batched_tokens, growth=4.0)
     return list(prefill_grid(tokens, ladder(1, longest, growth=_CONTEXT_GROWTH)))
-
-
-def named_buckets(names: Sequence[str]) -> list[GraphBucket]:
-    """Buckets by name, or all those of a file of grids (NAME.json); each once. Raises ConfigError.
-
-    Of each kind the cheapest first: by the modelled times of files (cost_us) if they have all of them, else by work.
-    """
-    if isinstance(names, str) or not names:
-        raise ConfigError(f"graph_buckets: got {names!r}, need a list of names such as 'decode-8x0x4x2'.")
-    costs: dict[Any, float | None] = {}
-    for name in names:
-        try:
-            if name.endswith(".json"):
-                for grid in load_buckets(name).grids.values():
-                    costs.update({bucket: None if grid.costs is None else grid.costs[bucket] for bucket in grid})
-            else:
-                costs.setdefault(bucket_of_name(name), None)
-        except (ValueError, OSError) as error:
-            raise ConfigError(f"graph_buckets: {error}") from error
-    buckets: list[GraphBucket] = []
-    for kind in dict.fromkeys(bucket.KIND for bucket in costs):
-        found: list[GraphBucket] = [bucket for bucket in costs if bucket.KIND == kind]
-        known: dict[GraphBucket, float] = {bucket: cost for bucket in found if (cost := costs[bucket]) is not None}
-        buckets += BucketGrid(found, known if len(known) == len(found) else None)
-    return buckets

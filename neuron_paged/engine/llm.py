@@ -337,7 +337,7 @@ def split_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
 def _bucket_names(buckets: Sequence[str] | None) -> tuple[str, ...] | None:
     if buckets is None:
         return None
-    from neuron_paged.engine.graph_buckets import named_buckets
+    from neuron_paged.engine.named_buckets import named_buckets
 
     named_buckets(buckets)  # wrong names show before a model is loaded
     return tuple(buckets)

@@ -133,7 +133,8 @@ def _kernels(graphs: GraphConfig) -> "dict[str, Kernel] | None":
 
 def _buckets(model: "GraphModel", config: EngineConfig, graphs: GraphConfig) -> "list[GraphBucket]":
     """The buckets that were asked for, or ladders. ConfigError for what simulated kernels can't have."""
-    from neuron_paged.engine.graph_buckets import default_buckets, named_buckets
+    from neuron_paged.engine.graph_buckets import default_buckets
+    from neuron_paged.engine.named_buckets import named_buckets
     from neuron_paged.models.graph_plans import check_kernel
 
     unsupported = model.decode_problem.unsupported()
@@ -201,7 +202,7 @@ def find_graphs(
             "neither of them."
         )
     from neuron_paged.engine.bundles import choose_bundle
-    from neuron_paged.engine.graph_buckets import named_buckets
+    from neuron_paged.engine.named_buckets import named_buckets
     from neuron_paged.models.loader import read_config
 
     try:

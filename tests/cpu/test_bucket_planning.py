@@ -24,7 +24,7 @@ from neuron_paged.bench.traffic import SAMPLES, sample_trace
 from neuron_paged.cli import main
 from neuron_paged.config import CacheConfig, SchedulerConfig
 from neuron_paged.engine.batch import build_batch
-from neuron_paged.engine.graph_buckets import named_buckets
+from neuron_paged.engine.named_buckets import named_buckets
 from neuron_paged.engine.packed_rows import PackedRows, SamplingArrays
 from neuron_paged.engine.sampling import SamplingParams
 from neuron_paged.engine.scheduler import Scheduler

@@ -22,9 +22,10 @@ from compile.buckets import (
 from neuron_paged import LLM
 from neuron_paged.cli import main
 from neuron_paged.config import CacheConfig, EngineConfig, GraphConfig, SchedulerConfig
-from neuron_paged.engine.graph_buckets import default_buckets, named_buckets
+from neuron_paged.engine.graph_buckets import default_buckets
 from neuron_paged.engine.graph_fits import GraphFits
 from neuron_paged.engine.make_executor import make_executor
+from neuron_paged.engine.named_buckets import named_buckets
 from neuron_paged.engine.packed_rows import PackedRows, SamplingArrays
 from neuron_paged.engine.rank_pool import RankPool
 from neuron_paged.errors import ConfigError, GraphError

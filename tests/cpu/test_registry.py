@@ -141,6 +141,7 @@ def test_wrong_weight_dtype(tmp_path: Path, options: dict, message: str) -> None
 def test_resolve_paths(tmp_path: Path) -> None:
     file = tmp_path / "a.gguf"
     file.touch()
+    (tmp_path / "config.json").touch()
     assert resolve(tmp_path) == tmp_path
     assert resolve(str(file)) == file
 

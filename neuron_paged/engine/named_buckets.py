@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Buckets that somebody names, one by one or as a file of grids. Imports nothing heavy: wrong names show at once."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from compile.buckets import BucketGrid, bucket_of_name, load_buckets
+from neuron_paged.errors import ConfigError
+
+if TYPE_CHECKING:
+    from neuron_paged.models.graph_step import GraphBucket
+
+
+def named_buckets(names: Sequence[str]) -> list["GraphBucket"]:
+    """Buckets by name, or all those of a file of grids (NAME.json); each once. Raises ConfigError.
+
+    Of each kind the cheapest first: by the modelled times of files (cost_us) if they have all of them, else by work.
+    """
+    if isinstance(names, str) or not names:
+        raise ConfigError(f"graph_buckets: got {names!r}, need a list of names such as 'decode-8x0x4x2'.")
+    costs: dict[Any, float | None] = {}
+    for name in names:
+        try:
+            if name.endswith(".json"):
+                for grid in load_buckets(name).grids.values():
+                    costs.update({bucket: None if grid.costs is None else grid.costs[bucket] for bucket in grid})
+            else:
+                costs.setdefault(bucket_of_name(name), None)
+        except OSError as error:
+            raise ConfigError(f"graph_buckets: can't read {name}: {error.strerror}.") from error
+        except ValueError as error:
+            raise ConfigError(f"graph_buckets: {error}") from error
+    buckets: list[GraphBucket] = []
+    for kind in dict.fromkeys(bucket.KIND for bucket in costs):
+        found: list[GraphBucket] = [bucket for bucket in costs if bucket.KIND == kind]
+        known: dict[GraphBucket, float] = {bucket: cost for bucket in found if (cost := costs[bucket]) is not None}
+        buckets += BucketGrid(found, known if len(known) == len(found) else None)
+    return buckets
