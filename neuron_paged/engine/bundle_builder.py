@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -86,24 +87,29 @@ class BuildPlan:
         on_event: Callable[[Event, str, str], None] = lambda event, bucket, text: None,
     ) -> Bundle:
         """Compile what the store lacks and publish the bundle. Raises CompileError and its subclasses."""
+        claims = Claims(store, lease_s=lease_s)
         return Build(
             store,
             self.fields,
             [bucket.name for bucket in self.buckets],
-            self._lower,
+            partial(self._lower, poll=claims.renew),
             self.backend,
-            Claims(store, lease_s=lease_s),
+            claims,
             dict(self.built),
             batch_size,
             on_event=on_event,
         ).run()
 
-    def _lower(self, names: Sequence[str]) -> list[LoweredGraph]:
+    def _lower(self, names: Sequence[str], *, poll: Callable[[], None]) -> list[LoweredGraph]:
+        """poll: called now and then, for it may take long."""
         by_name = {bucket.name: bucket for bucket in self.buckets}
         chosen = [by_name[name] for name in names]
         operators = self.operators
-        graphs = lower_buckets(operators.model, chosen, kernels=operators.kind != "plain", python=self.python)
-        graphs = operators.link(graphs)
+        graphs = lower_buckets(
+            operators.model, chosen, kernels=operators.kind != "plain", python=self.python,
+            progress=lambda phase, done, total: poll(),
+        )  # fmt: skip
+        graphs = operators.link(graphs, poll)
         linted_for: Target = "trn2" if self.target == "cpu" else self.target
         for graph in graphs:
             check_graph(graph, target=linted_for)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What operators become in a bundle's graphs, and with which buckets: CPU kernels, NKI kernels, plain operations."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,11 +32,12 @@ class Operators:
     nki: NkiKernelCompiler | None = None
     note: str = ""
 
-    def link(self, graphs: Sequence[LoweredGraph]) -> list[LoweredGraph]:
-        """Graphs as their compiler gets them. Raises CompileError."""
+    def link(self, graphs: Sequence[LoweredGraph], poll: Callable[[], None]) -> list[LoweredGraph]:
+        """Graphs as their compiler gets them; poll: called now and then meanwhile. Raises CompileError."""
         if self.nki is None:
             return list(graphs)
-        blobs = self.nki.compile_kernels(call for graph in graphs for call in graph.manifest.kernels.values())
+        calls = (call for graph in graphs for call in graph.manifest.kernels.values())
+        blobs = self.nki.compile_kernels(calls, poll)
         return [link_kernels(graph, blobs, self.nki.identity) for graph in graphs]
 
 

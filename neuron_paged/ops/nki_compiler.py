@@ -10,7 +10,7 @@ import hashlib
 import json
 import pickle
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,12 +90,17 @@ class NkiKernelCompiler:
         self.version: str = found["version"]
         self.identity = f"nki {self.version} {target} lnc{num_cores}"
 
-    def compile_kernels(self, calls: Iterable[KernelCall]) -> dict[KernelCall, KernelBlob]:
-        """Blobs of the calls. CompileError if there is no kernel for one, nki refuses it, or makes something else."""
+    def compile_kernels(
+        self, calls: Iterable[KernelCall], poll: Callable[[], None] = lambda: None
+    ) -> dict[KernelCall, KernelBlob]:
+        """Blobs of the calls; poll: called a few times per second meanwhile.
+
+        Raises CompileError if there is no kernel for one, nki refuses it, or makes something else.
+        """
         wanted = list(dict.fromkeys(calls))
         new = {call: invocation(call, self._num_cores) for call in wanted if call not in self._blobs}
         if new:
-            found = self._run([_request(kernel) for kernel in new.values()])
+            found = self._run([_request(kernel) for kernel in new.values()], poll)
             if "error" in found:
                 raise CompileError(f"NKI kernels: {found['error']}")
             for (call, kernel), compiled in zip(new.items(), found["kernels"], strict=True):
@@ -103,14 +108,14 @@ class NkiKernelCompiler:
                 self._blobs[call] = _blob(compiled)
         return {call: self._blobs[call] for call in wanted}
 
-    def _run(self, requests: Sequence[KernelRequest]) -> dict[str, Any]:
+    def _run(self, requests: Sequence[KernelRequest], poll: Callable[[], None] = lambda: None) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="neuron-paged-nki-") as name:
             folder = Path(name)
             (folder / REQUESTS).write_bytes(pickle.dumps((self._target, self._num_cores, list(requests))))
             try:
                 done = run_child(
                     "nki_kernels.nki_entry_point", [name], python=self._python,
-                    environment={TARGET_VARIABLE: self._target},
+                    environment={TARGET_VARIABLE: self._target}, while_waiting=poll,
                 )  # fmt: skip
             except OSError as error:
                 raise MissingPackageError(f"NKI kernels: {self._python} can't be run ({error.strerror}).") from error

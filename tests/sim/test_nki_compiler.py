@@ -26,6 +26,7 @@ from nki_kernels.decode_support import DecodeProblem
 from nki_kernels.plan import plan_decode
 from nki_kernels.plan_shape import PlanShape
 from nki_kernels.prefill_plan import PrefillBucket, plan_prefill
+from nki_kernels.write_plan import WriteShape
 
 STAND_INS = Path(__file__).parent / "stand_ins"
 RNG = np.random.default_rng(0)
@@ -74,6 +75,9 @@ NEW = {"key": normal(3, 1, 64), "value": normal(3, 1, 64), "kv_cache": CACHE, "s
 NEW["slot_mapping"] = NEW["slot_mapping"].astype(np.int32)
 WRITTEN = TensorSpec("kv_cache_out", CACHE.shape, "float32")
 WRITE = KernelCall("reshape_and_cache", specs(NEW), (WRITTEN,), (), ((0, 2),))
+WRITES = np.zeros(WriteShape(256, 1, 16, 64, 4, 4).table_shape, np.int32)
+RUNS = {"key": normal(256, 1, 64), "value": normal(256, 1, 64), "kv_cache": CACHE, "write_plan": WRITES}
+WRITE_RUNS = KernelCall("reshape_and_cache", specs(RUNS), (WRITTEN,), (), ((0, 2),))
 CALLS = [("attention", decode), ("attention", prefill), ("rotary_embedding", rotary)]
 
 
@@ -108,10 +112,11 @@ def nki(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_blobs_name_their_files_and_are_equal_in_every_run(nki: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NKI_DEBUG_INFO", "1")  # the caller's settings don't reach nki
-    calls = [WRITE, *(call_of(name, *make()) for name, make in CALLS)]
+    calls = [WRITE, WRITE_RUNS, *(call_of(name, *make()) for name, make in CALLS)]
     compiler = NkiKernelCompiler("trn2", 1)
-    blobs = compiler.compile_kernels(calls)
-    assert compiler.identity == "nki 0.6.0+31049202112.g85070674 trn2 lnc1"
+    polls: list[None] = []
+    blobs = compiler.compile_kernels(calls, lambda: polls.append(None))
+    assert polls and compiler.identity == "nki 0.6.0+31049202112.g85070674 trn2 lnc1"
     assert NkiKernelCompiler("trn2", 1).compile_kernels(calls) == blobs
     assert len({blob.backend_config for blob in blobs.values()}) == len(calls)
     for call, blob in blobs.items():

@@ -2,7 +2,8 @@
 """nki.framework.compiled: a kernel and shapes → a config and the file that it names.
 
 The "binary" is a script for tests: which function, in which order its operands come, its constants. Outputs and aliases
-follow from running the kernel once in the simulator on zeros.
+follow from running the kernel once in the simulator, on zeros; a plan of writes, whose rows may not repeat, is that of
+tokens without a slot.
 """
 
 import base64
@@ -16,6 +17,7 @@ import numpy as np
 
 from nki.framework.kernel import Kernel
 from nki_kernels import simulator
+from nki_kernels.write_plan import WriteShape, plan_writes
 
 SUFFIX = ".must_alias_input"
 
@@ -74,6 +76,10 @@ def compile_kernel_to_nir(
     """Run the kernel in the simulator, write its script into the folder for artifacts."""
     assert not enable_cache and not frontend.enable_backend_opt
     arrays = {name: np.zeros_like(value) for name, value in inputs.items() if isinstance(value, np.ndarray)}
+    if "write_plan" in arrays:
+        (num_tokens, heads, dim), cache = arrays["key"].shape, arrays["kv_cache"]
+        shape = WriteShape(num_tokens, heads, cache.shape[3], dim, arrays["key"].itemsize, cache.itemsize)
+        arrays["write_plan"] = plan_writes(np.zeros(num_tokens, np.int32), shape)
     cores = compile_opts.lnc if compile_opts.lnc > 1 else None
     run = simulator.run(kernel_func.func, **{**inputs, **arrays}, target=compile_opts.target, grid=cores)
     returned = run.outputs if isinstance(run.outputs, tuple) else (run.outputs,)
