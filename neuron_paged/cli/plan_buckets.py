@@ -21,7 +21,7 @@ from neuron_paged.memory import size_text
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to plan for, the budget, and where results go."""
     parser.add_argument("--trace", metavar="FILE", help="requests: JSON Lines or CSV")
-    parser.add_argument("--max-graphs", type=positive_int, default=16, metavar="N", help="compiled graphs; default 16")
+    parser.add_argument("--max-graphs", type=_num_graphs, default=16, metavar="N", help="compiled graphs; default 16")
     parser.add_argument("--hbm-gb", type=_gibibytes, metavar="G", help="GiB of HBM per logical core (default: all)")
     parser.add_argument(
         "--model", default="demo", metavar="MODEL", help="demo, folder, GGUF file or org/name; only its config is read"
@@ -180,6 +180,13 @@ def _tensor_parallel(args: argparse.Namespace, setup: _Setup, rows: list[dict[st
             "or a smaller --max-model-len."
         )
     return int(fitting[0])
+
+
+def _num_graphs(text: str) -> int:
+    count = positive_int(text)
+    if count < 2:
+        raise argparse.ArgumentTypeError(f"got {text!r}, need at least 2: decode steps and prompts take one each")
+    return count
 
 
 def _gibibytes(text: str) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compile.buckets import Bucket, BucketFile, BucketGrid, DecodeTableBucket
+from compile.buckets import Bucket, BucketFile, DecodeTableBucket
 from compile.planner import GridPlan, PlanningError, PlanningProblem, plan_grids
 from neuron_paged.config import SchedulerConfig
 from neuron_paged.errors import ConfigError
@@ -187,10 +187,8 @@ def plan_buckets(
 
 def _scheme(decode: GridPlan[Any], prefill: GridPlan[Any]) -> Scheme:
     name = f"planned, {len(decode.grid) + len(prefill.grid)} graphs"
-    if isinstance(decode.grid.buckets[0], DecodeTableBucket):
-        # The engine's graph runner picks by `work`.
-        return Scheme(name, BucketGrid(decode.grid), BucketGrid(prefill.grid), tables=True, mixed=True)
-    return Scheme(name, decode.grid, prefill.grid)
+    tables = isinstance(decode.grid.buckets[0], DecodeTableBucket)
+    return Scheme(name, decode.grid, prefill.grid, tables=tables, mixed=tables)
 
 
 def _cached(function: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -49,6 +49,7 @@ def test_wrong_input_is_told_before_anything_heavy_is_imported(tmp_path: Path) -
         ("plan-buckets", "--trace", "/no/trace"): "--trace: can't read /no/trace",
         ("plan-buckets", "--trace", str(text)): "--trace: ",
         ("plan-buckets", "--trace", ALPACA, "--model", "/no/model"): "model: '/no/model' is no folder",
+        ("plan-buckets", "--trace", ALPACA, "--max-graphs", "1"): "--max-graphs: got '1', need at least 2",
         ("plan-buckets", "--instance", "m5.large"): "--instance: got 'm5.large'",
         ("bundle", "verify", str(empty)): "no bundle in this store",
         ("bundle", "ls", "/no/store"): "store: no folder /no/store",
