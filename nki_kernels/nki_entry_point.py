@@ -24,7 +24,8 @@ import numpy as np
 
 # The release whose language the kernels are written in; kernels of different releases must not be mixed in a graph.
 NKI_RELEASE = "0.6"
-# The process's target, which kernels ask for while they are traced; `target=` says it to the compiler.
+# Says to nki, and to kernels that ask while they are traced, for which target they are compiled. Its values (trn1,
+# inf2, trn2, trn3) are documented, those of CompileKernel's own `target` are not.
 TARGET_VARIABLE = "NEURON_PLATFORM_TARGET_OVERRIDE"
 # What nki appends to the name of an input that the kernel updates in place.
 IN_PLACE_SUFFIX = ".must_alias_input"
@@ -77,7 +78,7 @@ class _Interface(NamedTuple):
 
     version: str
     kernel: Any  # class of @nki.jit's results: a dataclass with func, lnc and settings
-    compiling_kernel: Any  # the same with target and artifacts_dir
+    compiling_kernel: Any  # the same with artifacts_dir
     translate: Any  # (kernel, inputs, compile_opts, frontend, enable_cache) → result with build_config()
 
 
@@ -99,7 +100,7 @@ def find_nki() -> _Interface:
     ):  # fmt: skip
         _need(hasattr(module, name), release, f"{module.__name__}.{name}")
     found = _Interface(release, kernel.Kernel, compiled.CompileKernel, compiled.compile_kernel_to_nir)
-    for cls, names in ((found.kernel, {"func", "lnc"}), (found.compiling_kernel, {"target", "artifacts_dir"})):
+    for cls, names in ((found.kernel, {"func", "lnc"}), (found.compiling_kernel, {"artifacts_dir"})):
         have = {field.name for field in fields(cls)} if is_dataclass(cls) else set()
         _need(names <= have, release, f"{cls.__name__} as a dataclass with {', '.join(sorted(names))}")
     _need(issubclass(found.compiling_kernel, found.kernel), release, "CompileKernel derived from Kernel")
@@ -119,14 +120,14 @@ def _need(ok: bool, release: str, what: str) -> None:
 def compile_kernel(
     nki: _Interface, request: KernelRequest, target: str, num_cores: int, folder: Path
 ) -> CompiledKernel:
-    """Translate one kernel; nki keeps its files in the empty folder. Raises NkiError."""
+    """Translate one kernel for this process's target; nki keeps its files in the empty folder. Raises NkiError."""
     module, _, name = request.kernel.rpartition(".")
     kernel: Any = getattr(importlib.import_module(f"nki_kernels.{module}"), name)
     if not isinstance(kernel, nki.kernel):
         got = f"{type(kernel).__module__}.{type(kernel).__qualname__}"
         raise NkiError(f"{name}: nki.jit of nki {nki.version} gave a {got}, need a {nki.kernel.__qualname__}")
     settings = {f.name: getattr(kernel, f.name) for f in fields(kernel) if f.init and f.name not in ("func", "lnc")}
-    compiling = nki.compiling_kernel(kernel.func, **settings, lnc=num_cores, target=target, artifacts_dir=str(folder))
+    compiling = nki.compiling_kernel(kernel.func, **settings, lnc=num_cores, artifacts_dir=str(folder))
     # In the order of the signature, as nki's own integrations pass them: it becomes the order of the operands.
     parameters = inspect.signature(kernel.func).parameters
     inputs = {key: _placeholder(request.arguments[key]) for key in parameters if key in request.arguments}

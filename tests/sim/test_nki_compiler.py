@@ -151,7 +151,7 @@ OTHER = [
     (METADATA, "0.6.0+", "0.60.0+", r"nki is 0\.60\.0\+"),
     (KERNEL, "class Kernel:", "class Other:", r"can't be imported \(cannot import name 'Kernel'"),
     (COMPILED, "class CompileKernel(Kernel):", "class CompileKernel:", "need CompileKernel derived from Kernel"),
-    (COMPILED, "    target: str | None = None\n", "", "need CompileKernel as a dataclass with artifacts_dir, target"),
+    (COMPILED, "    artifacts_dir: str = \"\"\n", "", "need CompileKernel as a dataclass with artifacts_dir"),
     (COMPILED, "def _compile_opts", "def compile_options", "need CompileKernel._compile_opts"),
     (COMPILED, "def compile_kernel_to_nir", "def translate", "need nki.framework.compiled.compile_kernel_to_nir"),
     (COMPILED, ", enable_cache: bool = True", "", r"need compile_kernel_to_nir\(enable_cache=…\)"),

@@ -48,9 +48,9 @@ class CompileKernel(Kernel):
     _frontend_cls: type = Frontend
 
     def _compile_opts(self) -> Options:
-        assert self.target == os.environ["NEURON_PLATFORM_TARGET_OVERRIDE"]
         assert not [name for name in os.environ if name.startswith("NKI_")]
-        return Options(self.target, self.lnc, self.artifacts_dir)
+        target = self.target or os.environ["NEURON_PLATFORM_TARGET_OVERRIDE"]
+        return Options(target, self.lnc, self.artifacts_dir)
 
 
 class Result:
