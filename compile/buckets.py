@@ -144,6 +144,23 @@ class PrefillTableBucket(Bucket):
         return self.num_tokens * (1 + self.num_seqs * self.max_blocks_per_seq)
 
 
+@dataclass(frozen=True)
+class CopyBucket(Bucket):
+    """No step: KV blocks copied inside the caches, and blocks zeroed, where the host can't reach them.
+
+    num_pairs: of (source, target) blocks, and blocks to zero.
+    """
+
+    num_pairs: int
+
+    KIND: ClassVar[str] = "copy"
+
+    @property
+    def work(self) -> int:
+        """Blocks moved."""
+        return self.num_pairs
+
+
 BucketT = TypeVar("BucketT", bound=Bucket)
 
 
@@ -238,7 +255,7 @@ def prefill_table_grid(
 
 FORMAT, FORMAT_VERSION = "neuron-paged-buckets", 1
 KINDS: dict[str, type[Bucket]] = {
-    kind.KIND: kind for kind in (DecodeBucket, PrefillBucket, DecodeTableBucket, PrefillTableBucket)
+    kind.KIND: kind for kind in (DecodeBucket, PrefillBucket, DecodeTableBucket, PrefillTableBucket, CopyBucket)
 }
 
 

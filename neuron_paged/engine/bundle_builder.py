@@ -24,11 +24,11 @@ from neuron_paged import __version__
 from neuron_paged.config import CacheConfig, SchedulerConfig
 from neuron_paged.engine.bundle_kernels import Operators, cpu_operators, neuron_operators
 from neuron_paged.engine.cache_sizing import choose_num_blocks
-from neuron_paged.engine.graph_buckets import GraphBucket
 from neuron_paged.engine.graph_fields import cpu_fields, neuron_fields
 from neuron_paged.engine.graph_source import lower_buckets
 from neuron_paged.errors import ConfigError
 from neuron_paged.models.graph_plans import GraphModel
+from neuron_paged.models.graph_step import AnyBucket
 from neuron_paged.models.loader import read_config
 from neuron_paged.models.rank_heads import check_tensor_parallel_size
 from nki_kernels.layout import KVCacheLayout
@@ -74,7 +74,7 @@ class BuildPlan:
     built: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def buckets(self) -> tuple[GraphBucket, ...]:
+    def buckets(self) -> tuple[AnyBucket, ...]:
         """What is compiled."""
         return self.operators.buckets
 

@@ -7,17 +7,21 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from compile.buckets import DecodeBucket, PrefillBucket
+from compile.buckets import CopyBucket, DecodeBucket, PrefillBucket
 from compile.errors import MissingPackageError
 from compile.kernel_linking import link_kernels
 from compile.lowered_graph import LoweredGraph
 from neuron_paged.config import SchedulerConfig
-from neuron_paged.engine.graph_buckets import GraphBucket, default_buckets
+from neuron_paged.engine.graph_buckets import default_buckets
 from neuron_paged.engine.named_buckets import named_buckets
 from neuron_paged.errors import ConfigError
 from neuron_paged.models.graph_plans import GraphModel, check_kernel
+from neuron_paged.models.graph_step import AnyBucket
 from neuron_paged.neuron_versions import version_problems
 from neuron_paged.ops.nki_compiler import INSTALL, NkiKernelCompiler
+
+# Blocks that one run of a device's copying graph moves; a step that forks more sequences runs it again.
+COPIED_BLOCKS = 16
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Operators:
 
     kind: Literal["kernels", "nki", "plain"]
     model: GraphModel
-    buckets: tuple[GraphBucket, ...]
+    buckets: tuple[AnyBucket, ...]
     nki: NkiKernelCompiler | None = None
     note: str = ""
 
@@ -79,8 +83,16 @@ def neuron_operators(
             if kernels == "nki" or nki_python is not None:
                 raise
             note = str(error)
-    buckets = default_buckets(model, limits, planned=False) if names is None else named_buckets(names)
-    return Operators("plain", model, tuple(buckets), note=note)
+    return Operators("plain", model, tuple(_neuron_buckets(model, limits, names, planned=False)), note=note)
+
+
+def _neuron_buckets(
+    model: GraphModel, limits: SchedulerConfig, names: Sequence[str] | None, *, planned: bool
+) -> list[AnyBucket]:
+    """Named ones, or ladders from the limits and a graph that copies blocks on the device."""
+    if names is not None:
+        return named_buckets(names)
+    return [*default_buckets(model, limits, planned=planned), CopyBucket(COPIED_BLOCKS)]
 
 
 def _check_release(operators: Operators, compiler_version: str) -> None:
@@ -100,8 +112,10 @@ def _nki_operators(
     unsupported = model.decode_problem.unsupported()
     if unsupported:
         raise ConfigError(f"graph_kernels: the NKI decode kernel does not take this model: {unsupported[0]}")
-    buckets = default_buckets(model, limits, planned=True) if names is None else named_buckets(names)
+    buckets = _neuron_buckets(model, limits, names, planned=True)
     for bucket in buckets:
+        if isinstance(bucket, CopyBucket):
+            continue
         if not isinstance(bucket, DecodeBucket | PrefillBucket):
             raise ConfigError(f"buckets: got {bucket.name}, NKI kernels need decode-… and prefill-….")
         try:

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from compile.buckets import CopyBucket
 from compile.graph_runtime import GraphRuntime
 from compile.lower import Progress
 from neuron_paged.config import CacheConfig
-from neuron_paged.engine.batch import Batch
+from neuron_paged.engine.batch import Batch, Int32Array
 from neuron_paged.engine.executor import StepResult
 from neuron_paged.engine.graph_chain import GraphChain, StepPart, graph_model
 from neuron_paged.engine.graph_source import GraphSource, Runtime
@@ -25,7 +26,7 @@ from neuron_paged.engine.packed_rows import PackedRows
 from neuron_paged.engine.suspect_blocks import SuspectBlocks
 from neuron_paged.errors import ConfigError
 from neuron_paged.models.graph_plans import PlansFor
-from neuron_paged.models.graph_step import GraphBucket, GraphStep, graph_spec
+from neuron_paged.models.graph_step import COPIES, ZEROED, AnyBucket, GraphBucket, GraphStep, graph_spec
 from neuron_paged.models.inputs import AttentionInputs
 from neuron_paged.models.sampler import SamplingColumns
 from neuron_paged.models.step import ModelStep
@@ -39,23 +40,28 @@ class GraphRunner(GraphChain):
     """Runs batches through compiled graphs.
 
     model: with its weights, on the CPU and not prepared for it (load_model(…, prepare=False)). config: num_blocks set.
-    buckets: of any kinds that graph_step knows. runtime: what runs the graphs. source: of the graphs. plans_for: what
-    their plans are made for, None = GraphModel's. progress: called with ("lowering", "compiling" or
-    "loading", graphs done, graphs in all). Raises CompileError and its subclasses, ConfigError.
+    buckets: of any kinds that graph_step knows; with one for copies a device copies blocks itself. runtime: what runs
+    the graphs. source: of the graphs. plans_for: what they take the kernels' plans for, None = GraphModel's. progress:
+    called with ("lowering", "compiling" or "loading", graphs done, graphs in all). Raises CompileError and its
+    subclasses, ConfigError.
     """
 
     def __init__(
         self,
         model: "LlamaModel",
         config: CacheConfig,
-        buckets: Sequence[GraphBucket],
+        buckets: Sequence[AnyBucket],
         runtime: Runtime,
         source: GraphSource[Runtime],
         *,
         plans_for: PlansFor | None = None,
         progress: Progress | None = None,
     ) -> None:
-        super().__init__(graph_model(model, config, plans_for), buckets)
+        steps = [bucket for bucket in buckets if not isinstance(bucket, CopyBucket)]
+        if not steps:
+            raise ConfigError(f"graph_buckets: got {[b.name for b in buckets]}, need one for steps too.")
+        super().__init__(graph_model(model, config, plans_for), steps)
+        self._copies = next((bucket for bucket in buckets if isinstance(bucket, CopyBucket)), None)
         if config.num_swap_blocks and not runtime.is_host_memory:
             raise ConfigError(
                 f"num_swap_blocks: got {config.num_swap_blocks}, this executor needs 0: it moves no blocks between "
@@ -65,9 +71,9 @@ class GraphRunner(GraphChain):
         self._executables = source.load(runtime, self.graph_model, buckets, progress)
         self.graph_stats.num_compiles = runtime.num_compiles
         self._eager = ModelRunner(model, config)
-        step = GraphStep(model, self.graph_model, buckets[0])
+        step = GraphStep(model, self.graph_model, steps[0])
         self._weights = {name: runtime.share(as_array(p.detach())) for name, p in step.named_parameters()}
-        self._specs = graph_spec(self.graph_model, buckets[0]).state
+        self._specs = graph_spec(self.graph_model, steps[0]).state
         self._state: dict[str, Any] = {spec.name: runtime.zeros(spec) for spec in self._specs}
         self._suspects = SuspectBlocks(config.block_size)
         if runtime.is_host_memory:  # graphs update the caches in place, so the eager step works on the same memory
@@ -86,9 +92,22 @@ class GraphRunner(GraphChain):
         return result
 
     def _overwrite(self, blocks: list[int]) -> None:
+        if self._copies is not None:
+            self._run_copies(self._copies, np.zeros((0, 2), np.int32), np.array(blocks, np.int32))
+            return
         with torch.no_grad(), self._caches_on_host():
             for cache in self._eager.kv_caches:
                 cache[blocks] = 0
+
+    def _run_copies(self, bucket: CopyBucket, pairs: Int32Array, zeroed: Int32Array) -> None:
+        """Copy and zero blocks by the graph of that; padding moves the null block onto itself and zeroes it."""
+        count = bucket.num_pairs
+        for start in range(0, max(len(pairs), len(zeroed)), count):
+            some_pairs, some_zeroed = pairs[start : start + count], zeroed[start : start + count]
+            inputs = {COPIES: np.zeros((count, 2), np.int32), ZEROED: np.zeros(count, np.int32)}
+            inputs[COPIES][: len(some_pairs)], inputs[ZEROED][: len(some_zeroed)] = some_pairs, some_zeroed
+            self._executables[bucket.name].run(inputs, self._weights, self._state)
+            self.graph_stats.runs[bucket.name] += 1
 
     @property
     def kv_caches(self) -> list[torch.Tensor]:
@@ -124,9 +143,16 @@ class GraphRunner(GraphChain):
             return self._eager.execute(batch)
 
     def move_blocks(self, batch: Batch) -> None:
-        if any(map(len, (batch.swap_out, batch.swap_in, batch.block_copies))):
-            with self._caches_on_host():
-                self._eager.move_blocks(batch)
+        copies = batch.block_copies
+        if not any(map(len, (batch.swap_out, batch.swap_in, copies))):
+            return
+        if self._copies is not None and len(copies) and not len(batch.swap_out) + len(batch.swap_in):
+            # All reads come before any write; several runs keep that if no target is a source.
+            if len(copies) <= self._copies.num_pairs or not np.isin(copies[:, 1], copies[:, 0]).any():
+                self._run_copies(self._copies, copies, np.zeros(0, np.int32))
+                return
+        with self._caches_on_host():
+            self._eager.move_blocks(batch)
 
     def run_rows(self, rows: PackedRows) -> StepPart:
         tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in rows[:-1]]

@@ -17,7 +17,7 @@ from compile.lower import Progress, lower_graphs
 from compile.lowered_graph import LoweredGraph
 from compile.store import Store
 from neuron_paged.models.graph_plans import GraphModel
-from neuron_paged.models.graph_step import GraphBucket, graph_spec, lowering_request
+from neuron_paged.models.graph_step import AnyBucket, graph_spec, lowering_request
 
 Runtime = TypeVar("Runtime", bound=GraphRuntime)
 RuntimeOfSource = TypeVar("RuntimeOfSource", bound=GraphRuntime, contravariant=True)
@@ -27,7 +27,7 @@ class GraphSource(Protocol[RuntimeOfSource]):
     """Gives compiled graphs to a runtime."""
 
     def load(
-        self, runtime: RuntimeOfSource, model: GraphModel, buckets: Sequence[GraphBucket], progress: Progress | None
+        self, runtime: RuntimeOfSource, model: GraphModel, buckets: Sequence[AnyBucket], progress: Progress | None
     ) -> "dict[str, HloCpuExecutable] | dict[str, GraphExecutable]":
         """Executables by bucket name. progress: called with (phase, graphs done, graphs). Raises CompileError."""
         ...
@@ -35,7 +35,7 @@ class GraphSource(Protocol[RuntimeOfSource]):
 
 def lower_buckets(
     model: GraphModel,
-    buckets: Sequence[GraphBucket],
+    buckets: Sequence[AnyBucket],
     *,
     kernels: bool,
     python: Path | None = None,
@@ -54,7 +54,7 @@ class LoweredBefore:
     graphs: Sequence[LoweredGraph]
 
     def load(
-        self, runtime: HloCpuRuntime, model: GraphModel, buckets: Sequence[GraphBucket], progress: Progress | None
+        self, runtime: HloCpuRuntime, model: GraphModel, buckets: Sequence[AnyBucket], progress: Progress | None
     ) -> dict[str, HloCpuExecutable]:
         executables: dict[str, HloCpuExecutable] = {}
         for number, (bucket, graph) in enumerate(zip(buckets, self.graphs, strict=True)):
@@ -75,7 +75,7 @@ class LoweredNow:
     python: Path | None = None
 
     def load(
-        self, runtime: HloCpuRuntime, model: GraphModel, buckets: Sequence[GraphBucket], progress: Progress | None
+        self, runtime: HloCpuRuntime, model: GraphModel, buckets: Sequence[AnyBucket], progress: Progress | None
     ) -> dict[str, HloCpuExecutable]:
         graphs = lower_buckets(model, buckets, kernels=self.kernels, python=self.python, progress=progress)
         return LoweredBefore(graphs).load(runtime, model, buckets, progress)
@@ -95,7 +95,7 @@ class FromBundle:
     file: str
 
     def load(
-        self, runtime: GraphRuntime, model: GraphModel, buckets: Sequence[GraphBucket], progress: Progress | None
+        self, runtime: GraphRuntime, model: GraphModel, buckets: Sequence[AnyBucket], progress: Progress | None
     ) -> dict[str, GraphExecutable]:
         changed = differences(self.bundle.fields, self.fields_here(model), partial=True)
         if changed:
@@ -113,7 +113,7 @@ class FromBundle:
             progress("loading", len(buckets), len(buckets))
         return executables
 
-    def _load(self, runtime: GraphRuntime, model: GraphModel, bucket: GraphBucket) -> GraphExecutable:
+    def _load(self, runtime: GraphRuntime, model: GraphModel, bucket: AnyBucket) -> GraphExecutable:
         files = read_graph(self.store, self.bundle.graphs[bucket.name])
         try:
             graph = LoweredGraph.from_files(files)

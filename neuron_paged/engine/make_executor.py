@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compile.buckets import DecodeBucket, PrefillBucket
+from compile.buckets import CopyBucket, DecodeBucket, PrefillBucket
 from compile.build import EXECUTABLE, NEFF
 from compile.bundle import Fields
 from compile.errors import BundleMissError, CompileError
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from neuron_paged.engine.rank_pool import RankPool
     from neuron_paged.engine.tensor_runner import TensorDevice
     from neuron_paged.models.graph_plans import GraphModel
-    from neuron_paged.models.graph_step import GraphBucket
+    from neuron_paged.models.graph_step import AnyBucket, GraphBucket
     from neuron_paged.models.llama import LlamaModel
 
 
@@ -59,14 +59,16 @@ def make_executor(
         return runner
     from neuron_paged.engine.graph_chain import graph_model
 
-    if graphs.buckets is None and bundle is not None:
-        graphs = replace(graphs, buckets=tuple(bundle.buckets))
+    if bundle is not None:
+        copies = [name for name in bundle.buckets if name.startswith(f"{CopyBucket.KIND}-")]
+        named = bundle.buckets if graphs.buckets is None else [*graphs.buckets, *copies]
+        graphs = replace(graphs, buckets=tuple(named))
     buckets = _buckets(graph_model(model, config.cache), config, graphs)
     if graphs.executor != "hlo-cpu" and bundle is None:
         from neuron_paged.engine.tensor_runner import TensorGraphRunner
 
         with _graph_progress(progress) as report:
-            return TensorGraphRunner(model, config.cache, buckets, _device(graphs), progress=report)
+            return TensorGraphRunner(model, config.cache, _steps(buckets), _device(graphs), progress=report)
     try:
         with _graph_progress(progress) as report:
             graph_runner = _graph_runner(model, config, graphs, buckets, bundle, report)
@@ -80,7 +82,7 @@ def _graph_runner(
     model: "LlamaModel",
     config: EngineConfig,
     graphs: GraphConfig,
-    buckets: "list[GraphBucket]",
+    buckets: "list[AnyBucket]",
     bundle: "ChosenBundle | None",
     report: Progress | None,
 ) -> "GraphRunner":
@@ -131,7 +133,15 @@ def _kernels(graphs: GraphConfig) -> "dict[str, Kernel] | None":
     return CPU_KERNELS if graphs.kernels == "cpu" else simulated_kernels()
 
 
-def _buckets(model: "GraphModel", config: EngineConfig, graphs: GraphConfig) -> "list[GraphBucket]":
+def _steps(buckets: "list[AnyBucket]") -> "list[GraphBucket]":
+    """The buckets, none of which copies blocks: executors xla and neuron do that without one. Raises ConfigError."""
+    steps = [bucket for bucket in buckets if not isinstance(bucket, CopyBucket)]
+    if len(steps) != len(buckets):
+        raise ConfigError("graph_buckets: got copy-…, which is for bundles of Neuron targets; leave it out.")
+    return steps
+
+
+def _buckets(model: "GraphModel", config: EngineConfig, graphs: GraphConfig) -> "list[AnyBucket]":
     """The buckets that were asked for, or ladders. ConfigError for what simulated kernels can't have."""
     from neuron_paged.engine.graph_buckets import default_buckets
     from neuron_paged.engine.named_buckets import named_buckets
@@ -142,7 +152,7 @@ def _buckets(model: "GraphModel", config: EngineConfig, graphs: GraphConfig) -> 
         raise ConfigError(f"graph_kernels: got 'simulator', whose decode kernel does not take it: {unsupported[0]}")
     if graphs.buckets is None:
         has_kernels = graphs.executor == "hlo-cpu" and graphs.kernels != "plain"
-        return default_buckets(model, config.scheduler, planned=has_kernels and not unsupported)
+        return [*default_buckets(model, config.scheduler, planned=has_kernels and not unsupported)]
     buckets = named_buckets(graphs.buckets)
     if graphs.kernels == "simulator":
         for bucket in buckets:

@@ -8,10 +8,10 @@ from compile.buckets import BucketGrid, bucket_of_name, load_buckets
 from neuron_paged.errors import ConfigError
 
 if TYPE_CHECKING:
-    from neuron_paged.models.graph_step import GraphBucket
+    from neuron_paged.models.graph_step import AnyBucket
 
 
-def named_buckets(names: Sequence[str]) -> list["GraphBucket"]:
+def named_buckets(names: Sequence[str]) -> list["AnyBucket"]:
     """Buckets by name, or all those of a file of grids (NAME.json); each once. Raises ConfigError.
 
     Of each kind the cheapest first: by the modelled times of files (cost_us) if they have all of them, else by work.
@@ -30,9 +30,9 @@ def named_buckets(names: Sequence[str]) -> list["GraphBucket"]:
             raise ConfigError(f"graph_buckets: can't read {name}: {error.strerror}.") from error
         except ValueError as error:
             raise ConfigError(f"graph_buckets: {error}") from error
-    buckets: list[GraphBucket] = []
+    buckets: list[AnyBucket] = []
     for kind in dict.fromkeys(bucket.KIND for bucket in costs):
-        found: list[GraphBucket] = [bucket for bucket in costs if bucket.KIND == kind]
-        known: dict[GraphBucket, float] = {bucket: cost for bucket in found if (cost := costs[bucket]) is not None}
+        found: list[AnyBucket] = [bucket for bucket in costs if bucket.KIND == kind]
+        known: dict[AnyBucket, float] = {bucket: cost for bucket in found if (cost := costs[bucket]) is not None}
         buckets += BucketGrid(found, known if len(known) == len(found) else None)
     return buckets

@@ -4,12 +4,13 @@
 Sampling is inside. Owns no lowering: `compile.lower` takes the spec and a factory from here.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from compile.buckets import DecodeBucket, DecodeTableBucket, PrefillBucket, PrefillTableBucket
+from compile.buckets import CopyBucket, DecodeBucket, DecodeTableBucket, PrefillBucket, PrefillTableBucket
 from compile.graph_spec import GraphSpec, TensorSpec
 from compile.kernel_calls import KernelCompiler
 from compile.lower import LoweringRequest
@@ -24,6 +25,10 @@ from neuron_paged.models.tensor_parallel import Shard, join_ranks, model_step
 from nki_kernels.layout import KVCacheLayout
 
 GraphBucket = DecodeBucket | PrefillBucket | DecodeTableBucket | PrefillTableBucket
+AnyBucket = GraphBucket | CopyBucket
+# Inputs of a CopyBucket's graph: (source, target) blocks i32 [num_pairs, 2], blocks i32 [num_pairs]; padding names the
+# null block, onto which nothing depends.
+COPIES, ZEROED = ("block_mapping", "zeroed_blocks")
 # token ids i32 [R] as sampler.sample_static gives them, and logits [R, V] fp32 for whatever else has to be drawn.
 WRITE_PLAN = "write_plan"  # name of the plan of cache writes among a graph's inputs
 OUTPUTS = TOKEN_IDS, LOGITS = ("sampled_token_ids", "logits")
@@ -99,11 +104,14 @@ class GraphStep(nn.Module):
         return PlannedInputs.of(named["slot_mapping"], self._num_rows, plans, named.get(WRITE_PLAN))
 
 
-def graph_spec(model: GraphModel, bucket: GraphBucket) -> GraphSpec:
+def graph_spec(model: GraphModel, bucket: AnyBucket) -> GraphSpec:
     """Inputs, caches and outputs of a bucket's graph."""
     layout = KVCacheLayout(model.rank_config.num_kv_heads, model.block_size, model.config.head_dim)
     shape = layout.kv_cache_shape(model.num_blocks)
     caches = [TensorSpec(cache_name(i), shape, model.kv_cache_dtype) for i in range(model.config.num_layers)]
+    if isinstance(bucket, CopyBucket):
+        inputs = (TensorSpec(COPIES, (bucket.num_pairs, 2), "int32"), TensorSpec(ZEROED, (bucket.num_pairs,), "int32"))
+        return GraphSpec(bucket.name, inputs, tuple(caches), ())
     outputs = OUTPUTS[:1] if model.is_greedy else OUTPUTS
     return GraphSpec(bucket.name, input_specs(model, bucket), tuple(caches), outputs)
 
@@ -125,8 +133,22 @@ def make_step(model: GraphModel, bucket: GraphBucket) -> GraphStep:
     return GraphStep(join_ranks(meta, shard, RankGroup(shard.rank, shard.size)), model, bucket)
 
 
+def copy_step(block_mapping: Tensor, zeroed_blocks: Tensor, *kv_caches: Tensor) -> None:
+    """Copy blocks inside each cache, all reads before any write, then zero blocks."""
+    for kv_cache in kv_caches:
+        torch.ops.neuron_paged.copy_blocks(kv_cache, block_mapping)
+        shape = (zeroed_blocks.shape[0], *kv_cache.shape[1:])
+        kv_cache.index_put_((zeroed_blocks,), torch.zeros(shape, dtype=kv_cache.dtype, device=kv_cache.device))
+
+
+def make_copy_step() -> Callable[..., None]:
+    """copy_step, as a factory of the lowering process."""
+    return copy_step
+
+
 def lowering_request(
-    model: GraphModel, bucket: GraphBucket, kernel_compiler: KernelCompiler | None = None
+    model: GraphModel, bucket: AnyBucket, kernel_compiler: KernelCompiler | None = None
 ) -> LoweringRequest:
     """What compile.lower needs for a bucket's graph; kernel_compiler None = padding fallback."""
-    return LoweringRequest(graph_spec(model, bucket), partial(make_step, model, bucket), kernel_compiler)
+    factory = make_copy_step if isinstance(bucket, CopyBucket) else partial(make_step, model, bucket)
+    return LoweringRequest(graph_spec(model, bucket), factory, kernel_compiler)

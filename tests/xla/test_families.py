@@ -3,13 +3,15 @@
 the simulator with the eager engine's greedy output, token by token."""
 
 from collections import Counter
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from compile.buckets import DecodeBucket, PrefillBucket
+from compile.buckets import CopyBucket, DecodeBucket, PrefillBucket
 from compile.executors import HloCpuRuntime
 from compile.graph_lint import check_graph
 from compile.hlo import parse_module
@@ -157,12 +159,22 @@ def test_random_traffic_never_fails(runners: list[GraphRunner], requests, which:
     assert runner.runtime.num_compiles == compiles
 
 
-def test_blocks_of_a_request_that_was_not_finite_are_zeroed_before_they_are_reused(graphs) -> None:
+@pytest.fixture(scope="module")
+def copying(graphs) -> list[LoweredGraph]:
+    """The llama family's graphs and one that copies blocks."""
+    model = graph_model("llama")._replace(num_blocks=CACHE.num_blocks)
+    return [*graphs["llama"], trace(lowering_request(model, CopyBucket(4), StandInKernelCompiler()))]
+
+
+@pytest.mark.parametrize("has_copies", [False, True])
+def test_blocks_of_a_request_that_was_not_finite_are_zeroed_before_they_are_reused(copying, has_copies: bool) -> None:
     """The decode kernel multiplies dead slots of live blocks by zero, which NaN survives."""
-    model = make_family_model("llama")
+    model, buckets = make_family_model("llama"), [*BUCKETS, CopyBucket(4)]
     with torch.no_grad():
         model.embed_tokens.weight[96] = torch.nan
-    runner = GraphRunner(model, CACHE, BUCKETS, HloCpuRuntime(simulated_kernels()), LoweredBefore(graphs["llama"]))
+    count = len(buckets) - (not has_copies)
+    runtime = HloCpuRuntime(simulated_kernels())
+    runner = GraphRunner(model, CACHE, buckets[:count], runtime, LoweredBefore(copying[:count]))
     engine = LLMEngine(EngineConfig(CACHE, SCHEDULER), runner, vocab_size=VOCAB)
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
     for name, prompt in (("bad", [5] * 20 + [96] * 30), ("worse", [96] * 60)):
@@ -171,6 +183,36 @@ def test_blocks_of_a_request_that_was_not_finite_are_zeroed_before_they_are_reus
     while engine.has_unfinished_requests():
         ended += [output for output in engine.step() if output.finished]
     assert len(ended) == 2 and all("NaN" in (output.error or "") for output in ended)
-    assert sum(bool(cache[1:].isnan().any()) for cache in runner.kv_caches) == 2  # as they were left
+    assert all(cache[1:].isnan().any() for cache in runner.kv_caches)  # as they were left
     expected = serve(ModelRunner(make_family_model("llama"), CACHE), CACHE, SCHEDULER, TRAFFIC)
     assert serve(runner, CACHE, SCHEDULER, TRAFFIC) == expected
+    assert bool(runner.graph_stats.runs["copy-4"]) == has_copies
+
+
+class Moves(NamedTuple):
+    """What of a Batch moves blocks."""
+
+    block_copies: np.ndarray
+    swap_out: np.ndarray = np.zeros((0, 2), np.int32)
+    swap_in: np.ndarray = np.zeros((0, 2), np.int32)
+
+
+@pytest.mark.parametrize("kernels", [CPU_KERNELS, simulated_kernels()], ids=["cpu", "simulator"])
+def test_blocks_are_copied_by_a_graph_as_by_the_operator(copying, kernels) -> None:
+    """All reads before any write, whatever does not fit one run: pairs that depend on each other stay together."""
+    buckets = [*BUCKETS, CopyBucket(4)]
+    runner = GraphRunner(
+        make_family_model("llama"), CACHE, buckets, HloCpuRuntime(kernels), LoweredBefore(copying)
+    )
+    generator = torch.Generator().manual_seed(0)
+    chained = [(1, 2), (2, 3), (3, 1), (4, 5), (5, 4)]
+    for pairs in ([(1, 2)], [(1, 2), (2, 1)], [(1, t) for t in range(2, 9)], chained):
+        before = [torch.randn(cache.shape, generator=generator) for cache in runner.kv_caches]
+        for cache, filled in zip(runner.kv_caches, before, strict=True):
+            cache.copy_(filled)
+        runner.move_blocks(Moves(np.array(pairs, np.int32)))
+        for cache, filled in zip(runner.kv_caches, before, strict=True):
+            expected = filled.clone()
+            expected[[target for _, target in pairs]] = filled[[source for source, _ in pairs]]
+            assert torch.equal(cache[1:], expected[1:])
+    assert runner.graph_stats.runs == {"copy-4": 1 + 1 + 2}

@@ -26,6 +26,7 @@ pytest.importorskip("jaxlib", reason="the stand-in device runs NEFFs on XLA:CPU:
 ROOT = Path(__file__).resolve().parents[2]
 STAND_INS = ROOT / "tests" / "cpu" / "stand_ins"
 BUCKETS = ["decode_table-1x4", "decode_table-2x4", "prefill_table-2x16x4"]
+COPY = "copy-4"  # in the bundle for trn2 only
 SETTINGS = ["--block-size=8", "--num-blocks=24", "--max-model-len=64"]
 PROMPT = ["--raw", "--prompt", "abc", "--prompt", "defgh", "--temperature", "0", "--max-tokens", "6", "--ignore-eos"]
 
@@ -41,8 +42,8 @@ def store(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     location = tmp_path_factory.mktemp("bundles") / "store"
     common = ["compile", "--model", str(model), "--compiler", str(STAND_INS / "neuronx-cc"), *SETTINGS]
     common += ["--store", str(location)]
-    for target in ("trn1", "trn2"):
-        assert main([*common, "--target", target, "--buckets", *BUCKETS]) == 0
+    for target, buckets in (("trn1", BUCKETS), ("trn2", [*BUCKETS, COPY])):
+        assert main([*common, "--target", target, "--buckets", *buckets]) == 0
     for path in [location, *location.rglob("*")]:
         path.chmod(0o555 if path.is_dir() else 0o444)
     return location
@@ -87,7 +88,7 @@ def test_neffs_give_the_eager_engines_tokens(
     statistics = answer["statistics"]["engine"]["graphs"]
     assert statistics["num_compiles"] == 0 and not statistics["fallbacks"]
     assert sum(statistics["runs"].values()) == len(calls.read_text().splitlines()) >= 6
-    assert len(list((tmp_path / "cache" / "neffs").iterdir())) == len(BUCKETS)
+    assert len(list((tmp_path / "cache" / "neffs").iterdir())) == len(BUCKETS) + (target == "trn2")
 
 
 # -- in this process: the stand-in nrtpy is on the path ----------------------------------------------------------------
@@ -117,21 +118,30 @@ def neuron_llm(model: Path, store: Path, **settings) -> LLM:
     return LLM(model, executor="neuron", bundle=store, no_compile=True, progress=False, **settings)
 
 
-def test_what_no_graph_does_goes_through_the_host_and_is_counted(model: Path, store: Path, machine) -> None:
-    """Prompts beyond every bucket's context, prompt logprobs, and blocks copied for a second sample."""
+@pytest.mark.parametrize("target", ["trn1", "trn2"])
+def test_what_no_graph_does_goes_through_the_host_and_is_counted(
+    model: Path, store: Path, machine: pytest.MonkeyPatch, target: str
+) -> None:
+    """Prompts beyond every bucket's context, prompt logprobs, and, without a graph for it, blocks copied for a second
+    sample."""
+    for name, value in on(target).items():
+        machine.setenv(name, value)
     llm = neuron_llm(model, store, max_num_batched_tokens=64)
     eager = LLM(model, block_size=8, num_blocks=24, max_model_len=64, max_num_batched_tokens=64, progress=False)
     counted = llm.engine.metrics.graphs.fallbacks
     assert answers(llm) == answers(eager) and not counted
     sampled = SamplingParams(n=2, temperature=0.9, seed=3, max_tokens=5, ignore_eos=True)
     assert answers(llm, sampled) == answers(eager, sampled)
-    assert llm.engine.metrics.num_blocks_copied and counted["host"] == 1
+    copied_on_host = int(target == "trn1")
+    assert llm.engine.metrics.num_blocks_copied and counted["host"] == copied_on_host
+    assert llm.engine.metrics.graphs.runs[COPY] == 1 - copied_on_host
     long = [list(range(3, 43))]  # five blocks; the buckets have four
     assert answers(llm, GREEDY, long) == answers(eager, GREEDY, long)
     assert counted["eager"] >= 5
     scored = SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=1)
     assert answers(llm, scored) == answers(eager, scored)
-    assert counted["prompt_logprobs"] and counted["host"] == 1 + counted["eager"] + counted["prompt_logprobs"]
+    on_host = copied_on_host + counted["eager"] + counted["prompt_logprobs"]
+    assert counted["prompt_logprobs"] and counted["host"] == on_host
     assert answers(llm) == answers(eager)
 
 

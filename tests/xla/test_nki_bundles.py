@@ -149,15 +149,17 @@ from neuron_paged import LLM, SamplingParams
 llm = LLM(sys.argv[1], executor="neuron", bundle=sys.argv[2], no_compile=True, progress=False)
 outputs = llm.generate(
     [{"prompt_token_ids": tokens} for tokens in json.loads(sys.argv[3])],
-    SamplingParams(temperature=0, max_tokens=4, ignore_eos=True), use_tqdm=False,
+    SamplingParams(n=2, temperature=0.8, seed=1, max_tokens=4, ignore_eos=True), use_tqdm=False,
 )
 g = llm.engine.metrics.snapshot()["graphs"]
-print(json.dumps([[o.outputs[0].token_ids for o in outputs], g["runs"], g["fallbacks"], "nki" in sys.modules]))
+tokens = [completion.token_ids for output in outputs for completion in output.outputs]
+print(json.dumps([tokens, g["runs"], g["fallbacks"], "nki" in sys.modules]))
 """
 
 
 def test_neffs_with_nki_kernels_are_served_without_nki(model: Path, tmp_path: Path, nki: Path) -> None:
-    assert compile_bundle(model, tmp_path / "store", "--target", "trn2", "--buckets", DECODE, PREFILL) == 0
+    """Two samples of a prompt: the block that they begin to write in is copied, by a graph too."""
+    assert compile_bundle(model, tmp_path / "store", "--target", "trn2", "--buckets", DECODE, PREFILL, "copy-4") == 0
     prompts = [list(range(3, 23)), [9, 8, 7]]
     command = [sys.executable, "-c", SERVE, str(model), str(tmp_path / "store"), json.dumps(prompts)]
     environment = {
@@ -171,10 +173,10 @@ def test_neffs_with_nki_kernels_are_served_without_nki(model: Path, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     tokens, runs, fallbacks, has_nki = json.loads(done.stdout)
     eager = LLM(model, block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS, max_model_len=MAX_LEN, progress=False)
-    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    params = SamplingParams(n=2, temperature=0.8, seed=1, max_tokens=4, ignore_eos=True)
     expected = eager.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-    assert tokens == [output.outputs[0].token_ids for output in expected]
-    assert set(runs) == {DECODE, PREFILL} and set(fallbacks) <= {"chunk", "split"} and not has_nki
+    assert tokens == [completion.token_ids for output in expected for completion in output.outputs]
+    assert set(runs) == {DECODE, PREFILL, "copy-4"} and set(fallbacks) <= {"chunk", "split", "sampling"} and not has_nki
 
 
 def dry_run(model: Path, tmp_path: Path, *options: str, target: str = "trn2") -> dict[str, Any]:
