@@ -16,6 +16,8 @@ from nki_kernels.prefill_steps import (
     end_stream,
     exponentials,
     nc_version_number,
+    output_factors,
+    row_sums,
     scores,
     stream_maximum,
     transpose_probabilities,
@@ -153,19 +155,27 @@ def _issue(tiles, geometry, schedule, step):
     exp_item = schedule.exp_items[step]
     transpose_item = schedule.exp_items[step - 1] if step >= 1 else None
     value_item = schedule.exp_items[step - 2] if step >= 2 else None
+    ends_exponentials = transpose_item != None and transpose_item.is_end  # noqa: E711
+    if ends_exponentials:
+        row_sums(tiles, geometry, transpose_item)
     if exp_item != None:  # noqa: E711 - `is None` is outside the documented kernel language
         exponentials(tiles, geometry, exp_item)
         transpose_probabilities_by_dma(tiles, geometry, exp_item)
     groups = (geometry.row_tokens + geometry.transpose_group - 1) // geometry.transpose_group
+    values_at = 1 if geometry.version < 3 else max(groups, geometry.num_pieces)
     for part in range(max(groups, geometry.num_pieces)):
         # Scores first: TensorE runs in order, and a transpose that waits for its exponentials would starve VectorE.
         if score_item != None and part < geometry.num_pieces:  # noqa: E711
             scores(tiles, geometry, score_item, part)
         if transpose_item != None and part < groups:  # noqa: E711
             transpose_probabilities(tiles, geometry, transpose_item, part)
+        if value_item != None and part == values_at:  # noqa: E711
+            values(tiles, geometry, value_item)
+    if value_item != None and values_at == max(groups, geometry.num_pieces):  # noqa: E711
+        values(tiles, geometry, value_item)
+    if ends_exponentials:
+        output_factors(tiles, geometry, transpose_item)
     if score_item != None and score_item.is_end:  # noqa: E711
         stream_maximum(tiles, geometry, score_item)
-    if value_item != None:  # noqa: E711
-        values(tiles, geometry, value_item)
-        if value_item.is_end:
-            end_stream(tiles, geometry, value_item)
+    if value_item != None and value_item.is_end:  # noqa: E711
+        end_stream(tiles, geometry, value_item)

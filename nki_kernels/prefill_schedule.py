@@ -9,6 +9,7 @@ exponentiates. Runs at trace time, on Python integers; it is written in the kern
 from nki_kernels.toolchain import nl
 
 ROWS = 128
+MIN_OPEN_TOKENS = 64  # fewer columns that need no mask are masked with the others
 
 
 class Visit(nl.NKIObject):  # type: ignore[name-defined]
@@ -41,18 +42,25 @@ class Fold(nl.NKIObject):  # type: ignore[name-defined]
 
 
 class Item(nl.NKIObject):  # type: ignore[name-defined]
-    """One fold seen by one stream; pieces first_piece..end_piece-1 of the fold can be visible."""
+    """One fold seen by one stream; pieces first_piece..end_piece-1 of the fold can be visible, up to end_token.
 
-    def __init__(self, visit, head, stream, fold, first_piece, end_piece):
+    All rows see the tokens before open_token, as far as newer tokens are concerned. Both count from the fold's start.
+    """
+
+    def __init__(self, visit, head, stream, fold, first_piece, end_piece, end_token, open_token):
         self.visit = visit
         self.head = head  # of the KV head's query heads
         self.stream = stream  # ordinal of (visit, head)
         self.fold = fold
         self.first_piece = first_piece
         self.end_piece = end_piece
+        self.end_token = end_token
+        self.open_token = open_token
         self.index = 0
         self.number = 0  # within its stream
-        self.first_column = 0  # of its pieces within the stream
+        self.first_column = 0  # of its pieces' maxima within the stream
+        self.num_columns = 0
+        self.split_piece = -1  # a piece whose open part is not masked and has a maximum of its own
         self.is_end = False
         self.score_step = 0
         self.exp_step = 0
@@ -108,6 +116,19 @@ def visible_pieces(geometry, q_tiles, folds, tile, fold):
             started = True
             end = piece + 1
     return first, end
+
+
+def visible_end(geometry, q_tiles, folds, tile, fold):
+    """(end, open): tokens of a fold that some row of the tile may see, and that all its rows may; from the fold's
+    start."""
+    low_tile = tile - tile % geometry.tile_step
+    high_tile = low_tile + geometry.tile_step - 1
+    start = fold * geometry.fold_tokens
+    end = last_query(geometry, q_tiles, folds, high_tile) + 1 - start
+    open_end = first_query(geometry, q_tiles, folds, low_tile) + 1 - start
+    if geometry.version >= 3:  # whole pieces: zeroing more probabilities costs more than fewer scores save
+        end = (end + geometry.piece_tokens - 1) // geometry.piece_tokens * geometry.piece_tokens
+    return min(end, geometry.fold_tokens), max(0, min(open_end, geometry.fold_tokens))
 
 
 def masks(geometry, segment, tile, fold, first, end):
@@ -190,15 +211,31 @@ def _add_group(schedule, geometry, segment, kv_head, tiles, tile_base, fold_base
                             by_slot = is_interior(geometry, segment, tiles, fold)
                             placed[key] = Fold(kv_head, fold_base + fold, start, slot, by_slot)
                             schedule.folds.append(placed[key])
-                        item = Item(visit, head, schedule.num_streams, placed[key], begin, end)
+                        end_token, open_token = visible_end(geometry, q_tiles, folds, tiles[i], fold)
+                        item = Item(
+                            visit, head, schedule.num_streams, placed[key], begin, end, end_token, open_token
+                        )
                         high, low = masks(geometry, segment, tiles[i], fold, begin, end)
                         item.needs_high = high
                         item.needs_low = low
                         members.append(item)
-                _number_stream(schedule, members)
+                _number_stream(schedule, geometry, members)
 
 
-def _number_stream(schedule, members):
+def _split_piece(geometry, item):
+    """v2, where masks cost passes of their own: the piece in which the tokens that all rows see end, -1 if none."""
+    if geometry.version >= 3 or not item.needs_high or item.needs_low:
+        return -1
+    piece = item.open_token // geometry.piece_tokens
+    start = piece * geometry.piece_tokens
+    open_width = item.open_token - start
+    width = min(geometry.piece_tokens, item.end_token - start)
+    if piece < item.first_piece or piece >= item.end_piece or open_width < MIN_OPEN_TOKENS or open_width >= width:
+        return -1
+    return piece
+
+
+def _number_stream(schedule, geometry, members):
     column = 0
     for i in range(len(members)):
         item = members[i]
@@ -206,7 +243,11 @@ def _number_stream(schedule, members):
         item.number = i
         item.first_column = column
         item.is_end = i == len(members) - 1
-        column = column + item.end_piece - item.first_piece
+        item.num_columns = item.end_piece - item.first_piece
+        item.split_piece = _split_piece(geometry, item)
+        if item.split_piece >= 0:
+            item.num_columns = item.num_columns + 1
+        column = column + item.num_columns
         schedule.items.append(item)
     schedule.num_streams = schedule.num_streams + 1
 

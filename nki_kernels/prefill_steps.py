@@ -27,27 +27,37 @@ def scores(tiles, geometry, item, piece):
     if piece < item.first_piece or piece >= item.end_piece:
         return
     start = piece * geometry.piece_tokens
+    width = min(geometry.piece_tokens, item.end_token - start)  # tokens behind are visible to no row
     psum = tiles.score_psum[tiles.num_score % len(tiles.score_psum)]
     tiles.num_score = tiles.num_score + 1
     q = tiles.q[item.visit.index % geometry.q_ring]
     key = tiles.key[item.fold.ring_slot]
-    columns = min(512, geometry.piece_tokens)
-    for first in range(0, geometry.piece_tokens, columns):
+    for first in range(0, width, 512):
+        columns = min(512, width - first)
         for part in range(geometry.d_parts):
-            width = min(ROWS, geometry.head_dim - part * ROWS)
-            moving = key[0:width, part, nl.ds(start + first, columns)]
-            _matmul(psum[:, nl.ds(first, columns)], q[0:width, part, item.head, :], moving, part > 0)
-    data = psum
+            rows = min(ROWS, geometry.head_dim - part * ROWS)
+            moving = key[0:rows, part, nl.ds(start + first, columns)]
+            _matmul(psum[:, nl.ds(first, columns)], q[0:rows, part, item.head, :], moving, part > 0)
+    data = psum[:, 0:width]
     if tiles.soft_cap > 0.0:
-        data = tiles.capped[tiles.num_score % 2]
-        _cap(tiles, item, data, psum)
-    target = tiles.score[item.index % len(tiles.score)][:, nl.ds(start, geometry.piece_tokens)]
+        data = tiles.capped[tiles.num_score % 2][:, 0:width]
+        _cap(tiles, item, data, psum[:, 0:width])
+    target = tiles.score[item.index % len(tiles.score)][:, nl.ds(start, width)]
     column = 1 + item.first_column + piece - item.first_piece
-    maximum = tiles.maxima[item.stream % tiles.stat_ring][:, column : column + 1]
+    maxima = tiles.maxima[item.stream % tiles.stat_ring]
     if geometry.version >= 3:
-        _mask_by_range(tiles, item, target, data, maximum, item.fold.start + start)
-    else:
-        _mask_by_ramps(tiles, geometry, item, target, data, maximum, item.fold.start + start)
+        _mask_by_range(tiles, item, target, data, maxima[:, column : column + 1], item.fold.start + start)
+        return
+    open_width = 0
+    if piece == item.split_piece:
+        open_width = item.open_token - start
+        _copy_with_maximum(target[:, 0:open_width], data[:, 0:open_width], maxima[:, column : column + 1])
+    if item.split_piece >= 0 and piece >= item.split_piece:
+        column = column + 1
+    _mask_by_ramps(
+        tiles, geometry, item, target[:, open_width:width], data[:, open_width:width],
+        maxima[:, column : column + 1], start, open_width,
+    )
 
 
 def _cap(tiles, item, dst, psum):
@@ -94,37 +104,45 @@ def _bound(tiles, geometry, tile, side, start, factor):
     return bound
 
 
-def _mask_by_ramps(tiles, geometry, item, target, data, maximum, start):
-    """v2: minimum with a ramp that is far below zero outside the range, far above inside; none where all is visible."""
-    tile = item.visit.tile
+def _copy_with_maximum(target, source, maximum):
+    nisa.tensor_scalar_reduce(
+        dst=target, data=source, op0=nl.multiply, operand0=1.0, reduce_op=nl.maximum, reduce_res=maximum,
+        reduce_cmd=nisa.reduce_cmd.reset_reduce,
+    )
+
+
+def _mask_by_ramps(tiles, geometry, item, target, data, maximum, piece_start, first):
+    """v2: minimum with a ramp that is far below zero outside the range, far above inside; none where all is visible.
+
+    The columns are those from `first` on of the piece that begins piece_start tokens after the fold.
+    """
+    tile, start = item.visit.tile, item.fold.start + piece_start
     source = data
-    if item.needs_high:
+    columns = nl.ds(first, data.shape[1])
+    needs_high = item.needs_high and item.open_token < piece_start + first + data.shape[1]
+    if needs_high:
         bound = _bound(tiles, geometry, tile, 1, start, MASK_STEP)
         nisa.scalar_tensor_tensor(
-            dst=target, data=tiles.high_ramp, op0=nl.add, operand0=bound, op1=nl.minimum, operand1=source
+            dst=target, data=tiles.high_ramp[:, columns], op0=nl.add, operand0=bound, op1=nl.minimum, operand1=source
         )
         source = target
     if item.needs_low:
         bound = _bound(tiles, geometry, tile, 0, start, -MASK_STEP)
         nisa.scalar_tensor_tensor(
-            dst=target, data=tiles.low_ramp, op0=nl.add, operand0=bound, op1=nl.minimum, operand1=source
+            dst=target, data=tiles.low_ramp[:, columns], op0=nl.add, operand0=bound, op1=nl.minimum, operand1=source
         )
         source = target
-    if item.needs_high or item.needs_low:
+    if needs_high or item.needs_low:
         nisa.tensor_reduce(dst=maximum, op=nl.maximum, data=target, axis=1)
     else:
-        nisa.tensor_scalar_reduce(
-            dst=target, data=source, op0=nl.multiply, operand0=1.0, reduce_op=nl.maximum, reduce_res=maximum,
-            reduce_cmd=nisa.reduce_cmd.reset_reduce,
-        )
+        _copy_with_maximum(target, source, maximum)
 
 
 def stream_maximum(tiles, geometry, item):
-    """Row maximum over a stream's pieces and what came before; bias and rescaling factor of its exponentials."""
+    """Row maximum over a stream's pieces and what came before, on VectorE."""
     slot = item.stream % tiles.stat_ring
-    maxima, negative, bias = tiles.maxima[slot], tiles.negative_max[slot], tiles.bias[slot]
+    maxima, negative = tiles.maxima[slot], tiles.negative_max[slot]
     visit = item.visit
-    scale = tiles.exp_scale(visit.kv_head)
     state = visit.group_tile * geometry.heads + item.head
     if not visit.is_first:
         nisa.tensor_copy(dst=maxima[:, 0:1], src=tiles.state_max[state], engine=nisa.engine.vector)
@@ -133,13 +151,20 @@ def stream_maximum(tiles, geometry, item):
         nisa.tensor_copy(dst=maxima[:, 0:1], src=tiles.sinks[:, head : head + 1], engine=nisa.engine.vector)
     elif geometry.num_states > 0:  # the ring slot may hold an older stream's
         nisa.memset(dst=maxima[:, 0:1], value=LOWEST_MAXIMUM)
-    end = 1 + item.first_column + item.end_piece - item.first_piece
+    end = 1 + item.first_column + item.num_columns
     nisa.tensor_reduce(dst=negative, op=nl.maximum, data=maxima[:, 0:end], axis=1, negate=True)
-    nisa.activation(dst=bias, op=nl.copy, data=negative, scale=scale)
-    if not visit.is_first or tiles.has_sinks:
-        nisa.activation(dst=tiles.alpha[slot], op=nl.exp, data=maxima[:, 0:1], bias=bias, scale=scale)
     if not visit.is_last:
         nisa.tensor_scalar(dst=tiles.state_max[state], data=negative, op0=nl.multiply, operand0=-1.0)
+
+
+def _exponent_bias(tiles, item):
+    """Bias and rescaling factor of a stream's exponentials, on ScalarE just before them: in order, it waits for no
+    maximum of a later stream."""
+    slot = item.stream % tiles.stat_ring
+    scale, bias = tiles.exp_scale(item.visit.kv_head), tiles.bias[slot]
+    nisa.activation(dst=bias, op=nl.copy, data=tiles.negative_max[slot], scale=scale)
+    if not item.visit.is_first or tiles.has_sinks:
+        nisa.activation(dst=tiles.alpha[slot], op=nl.exp, data=tiles.maxima[slot][:, 0:1], bias=bias, scale=scale)
 
 
 # -- probabilities and output -----------------------------------------------------------------------------------------
@@ -147,10 +172,12 @@ def stream_maximum(tiles, geometry, item):
 
 def exponentials(tiles, geometry, item):
     """Probabilities of one fold, not yet normalised, and their row sum; zeros in pieces that cannot be visible."""
+    if item.number == 0:
+        _exponent_bias(tiles, item)
     slot = item.stream % tiles.stat_ring
     probability = tiles.probability[item.index % geometry.probability_ring]
     score = tiles.score[item.index % len(tiles.score)]
-    first, end = item.first_piece * geometry.piece_tokens, item.end_piece * geometry.piece_tokens
+    first, end = item.first_piece * geometry.piece_tokens, item.end_token
     engine = nisa.engine.vector if geometry.version < 3 else nisa.engine.gpsimd  # v2: one SBUF port for both
     if first > 0:
         nisa.memset(dst=probability[:, 0:first], value=0.0, engine=engine)
@@ -221,7 +248,7 @@ def transpose_probabilities(tiles, geometry, item, group):
 def slots_drained_by_vector(geometry, item, group, count):
     """Slots of a group that VectorE takes from ScalarE, so that both are busy equally long."""
     if geometry.version < 3:
-        return count if group == 0 else 0
+        return 0
     if uses_dma(geometry, item, 1):
         return 0
     return count if group % 2 == 0 else 0
@@ -236,31 +263,30 @@ def values(tiles, geometry, item):
         _matmul(psum, transposed[:, t, :], slab[:, 1, t, :], item.number > 0 or t > 0)
 
 
-def end_stream(tiles, geometry, item):
-    """Join the stream's output with earlier sections; after the last one normalise it, and store a finished Q tile."""
+def row_sums(tiles, geometry, item):
+    """Row sums of a stream's exponentials over its folds, on ScalarE."""
+    slot = item.stream % tiles.stat_ring
+    pieces = tiles.sums[slot][:, 0 : item.number + 2]
+    nisa.activation(
+        dst=pieces, op=nl.copy, data=pieces, reduce_op=nl.add, reduce_res=tiles.sum[slot],
+        reduce_cmd=nisa.reduce_cmd.reset_reduce,
+    )
+
+
+def output_factors(tiles, geometry, item):
+    """Join the row sums with earlier sections'; after the last one the factor of the output, on VectorE."""
     slot = item.stream % tiles.stat_ring
     visit = item.visit
     state = visit.group_tile * geometry.heads + item.head
-    psum, alpha, total = tiles.out_psum[item.stream % 2], tiles.alpha[slot], tiles.sum[slot]
-    pieces = tiles.sums[slot][:, 0 : item.number + 2]
-    nisa.activation(
-        dst=pieces, op=nl.copy, data=pieces, reduce_op=nl.add, reduce_res=total,
-        reduce_cmd=nisa.reduce_cmd.reset_reduce,
-    )
+    alpha, total = tiles.alpha[slot], tiles.sum[slot]
     if not visit.is_first:
         nisa.scalar_tensor_tensor(
             dst=total, data=tiles.state_sum[state], op0=nl.multiply, operand0=alpha, op1=nl.add, operand1=total
-        )
-        nisa.scalar_tensor_tensor(
-            dst=tiles.state_out[state], data=tiles.state_out[state], op0=nl.multiply, operand0=alpha, op1=nl.add,
-            operand1=psum,
         )
     elif tiles.has_sinks:
         nisa.tensor_tensor(dst=total, data1=total, data2=alpha, op=nl.add, engine=nisa.engine.vector)
     if not visit.is_last:
         nisa.tensor_copy(dst=tiles.state_sum[state], src=total, engine=nisa.engine.vector)
-        if visit.is_first:
-            nisa.tensor_copy(dst=tiles.state_out[state], src=psum, engine=nisa.engine.vector)
         return
     inverse = tiles.inverse[slot]
     nisa.reciprocal(dst=inverse, data=total)
@@ -271,10 +297,30 @@ def end_stream(tiles, geometry, item):
         nisa.tensor_scalar(
             dst=inverse, data=inverse, op0=nl.multiply, operand0=tiles.live[:, visit.tile : visit.tile + 1]
         )
+
+
+def end_stream(tiles, geometry, item):
+    """Join the stream's output with earlier sections; after the last one normalise it, and store a finished Q tile."""
+    slot = item.stream % tiles.stat_ring
+    visit = item.visit
+    state = visit.group_tile * geometry.heads + item.head
+    psum = tiles.out_psum[item.stream % 2]
+    if not visit.is_first:
+        nisa.scalar_tensor_tensor(
+            dst=tiles.state_out[state], data=tiles.state_out[state], op0=nl.multiply, operand0=tiles.alpha[slot],
+            op1=nl.add, operand1=psum,
+        )
+    elif not visit.is_last:
+        nisa.tensor_copy(dst=tiles.state_out[state], src=psum, engine=nisa.engine.vector)
+    if not visit.is_last:
+        return
     result = tiles.result[visit.index % geometry.q_ring]
     head = result[:, nl.ds(item.head * geometry.head_dim, geometry.head_dim)]
     source = psum if visit.is_first else tiles.state_out[state]
-    nisa.activation(dst=head, op=nl.copy, data=source, scale=inverse)
+    if geometry.version < 3:  # ScalarE is the busier engine
+        nisa.tensor_scalar(dst=head, data=source, op0=nl.multiply, operand0=tiles.inverse[slot])
+    else:
+        nisa.activation(dst=head, op=nl.copy, data=source, scale=tiles.inverse[slot])
     if item.head == geometry.heads - 1:
         _store(tiles, geometry, visit, result)
 

@@ -47,7 +47,7 @@ class PrefillTiles(nl.NKIObject):  # type: ignore[name-defined]
         self.transposed = _ring(geometry.probability_ring, (ROWS, geometry.row_tokens, ROWS), dtype, nl.sbuf)
         self.result = _ring(geometry.q_ring, (ROWS, heads * head_dim), dtype, nl.sbuf)
 
-        columns = geometry.section_folds * geometry.num_pieces + 1
+        columns = geometry.section_folds * geometry.num_pieces + 2
         self.maxima = _ring(self.stat_ring, (ROWS, columns), nl.float32, nl.sbuf)
         self.sums = _ring(self.stat_ring, (ROWS, geometry.section_folds + 1), nl.float32, nl.sbuf)
         self.negative_max = _ring(self.stat_ring, (ROWS, 1), nl.float32, nl.sbuf)

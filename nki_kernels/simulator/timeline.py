@@ -40,7 +40,7 @@ class Timeline:
     hbm_bytes: int
     dma_descriptors: int
     bytes_by_kind: dict[str, int] = field(default_factory=dict)
-    matmul_flops: float = 0.0
+    matmul_flops: float = 0.0  # of products: transposes, also by an identity matrix, are none
 
     @property
     def dma_rate(self) -> float:
@@ -249,7 +249,7 @@ def simulate(events: list[list[Event]], gen: Generation, whole_tensors: bool = F
         2.0 * e.detail["k"] * e.detail["m"] * e.detail["n"]
         for stream in events
         for e in stream
-        if e.op == "nc_matmul" and not e.detail.get("transpose")
+        if e.op == "nc_matmul" and not e.detail.get("transpose") and not e.detail.get("identity")
     )
     return Timeline(
         gen,

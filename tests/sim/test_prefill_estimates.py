@@ -24,6 +24,8 @@ KERNEL_FILES = (
     "prefill_schedule.py",
     "prefill_steps.py",
     "prefill_tiles.py",
+    "planned_cache_write.py",
+    "write_plan.py",
 )
 
 
@@ -66,6 +68,18 @@ def test_extrapolation_over_heads_agrees_with_the_whole_simulation(monkeypatch):
 def test_prefill_of_2048_tokens_over_8k_reaches_the_target():
     estimate = estimate_prefill((2048,), (8192,), num_heads=4, num_kv_heads=1, head_dim=128, block_size=16)
     assert estimate.fraction_of_tensor_peak >= 0.6
+
+
+def test_on_v2_the_pipeline_keeps_psum_busy():
+    """VectorE and ScalarE take turns there; with the scores of a step behind the values of another it idled a third."""
+    call = estimate_prefill((1024,), (5120,), num_heads=2, num_kv_heads=1, head_dim=128, target="trn1")
+    (events,), busy = call.report.events, 0.0
+    for span in call.report.timeline.spans:
+        event = events[span.number]
+        if span.lane in ("vector", "scalar") and any(o.buffer == "psum" for o in (*event.reads, *event.writes)):
+            busy += span.end - span.start
+    assert busy > 0.82 * call.total_ns
+    assert call.matmul_flops < 1.15 * call.useful_flops  # no transposes among them, few masked scores
 
 
 def test_cache_and_rotary_estimates():

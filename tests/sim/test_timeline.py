@@ -124,6 +124,19 @@ def test_small_descriptors_are_bound_by_their_generator():
     assert report.timeline.busy_ns["dma"] < report.timeline.busy_ns["gpsimd"]
 
 
+def test_transposes_by_an_identity_matrix_are_no_products():
+    def body():
+        eye = nl.shared_identity_matrix(128, dtype=nl.bfloat16)
+        data = nl.zeros((128, 128), dtype=nl.bfloat16)
+        moving = nl.zeros((128, 512), dtype=nl.bfloat16)
+        turned = nl.ndarray((128, 128), dtype=nl.float32, buffer=nl.psum)
+        product = nl.ndarray((128, 512), dtype=nl.float32, buffer=nl.psum)
+        nisa.nc_matmul(dst=turned, stationary=data, moving=eye, accumulate=False)
+        nisa.nc_matmul(dst=product, stationary=data, moving=moving, accumulate=False)
+
+    assert run(body, target="trn1").timeline.matmul_flops == 2 * 128 * 128 * 512
+
+
 @pytest.mark.parametrize("target,serial", [("trn1", True), ("trn2", False)])
 def test_vector_and_scalar_take_turns_at_psum_on_v2(target, serial):
     def body():

@@ -88,6 +88,7 @@ def nc_matmul(
         onezero=bool(is_stationary_onezero or is_moving_onezero),
         accumulate=accumulate,
         double=double,
+        identity=any(t.storage is i.storage for i in core.machine.identities.values() for t in (stationary, moving)),
     )
 
 
