@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nki_kernels import toolchain
+
 # The release whose language the kernels are written in; kernels of different releases must not be mixed in a graph.
 NKI_RELEASE = "0.6"
 # Says to nki, and to kernels that ask while they are traced, for which target they are compiled. Its values (trn1,
@@ -83,7 +85,8 @@ class _Interface(NamedTuple):
 
 
 def find_nki() -> _Interface:
-    """The installed nki. NkiError that says which came and what is needed."""
+    """The installed nki; kernels that are imported from here on are written against it. NkiError that says which came
+    and what is needed."""
     try:
         release = version("nki")
     except PackageNotFoundError as error:
@@ -91,10 +94,11 @@ def find_nki() -> _Interface:
     if not release.startswith(f"{NKI_RELEASE}."):
         raise NkiError(f"nki is {release}, need {NKI_RELEASE}")
     try:
+        toolchain.use_nki()
         kernel = importlib.import_module("nki.framework.kernel")
         compiled = importlib.import_module("nki.framework.compiled")
     except ImportError as error:
-        raise NkiError(f"nki {release}: its framework interface can't be imported ({error})") from error
+        raise NkiError(f"nki {release}: its language or framework interface can't be imported ({error})") from error
     for module, name in (
         (kernel, "Kernel"), (compiled, "CompileKernel"), (compiled, "compile_kernel_to_nir"),
     ):  # fmt: skip

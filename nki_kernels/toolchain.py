@@ -1,31 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one place that decides what kernels are written against: the real `nki` wheel if it works, else the simulator.
+"""What kernels are written against: the simulator, or AWS's `nki` in a process that asked for it first.
 
-`from nki_kernels.toolchain import nisa, nki, nl`. `BACKEND` is "nki" or "simulator".
+`from nki_kernels.toolchain import nisa, nki, nl`. Whatever runs or models kernels here needs the simulator's, also
+where nki is installed; nki compiles them in a process of its own (`nki_entry_point`).
 """
 
 import importlib
 from types import ModuleType
 
-
-def _real_nki() -> tuple[ModuleType, ModuleType, ModuleType] | None:
-    """The installed AWS wheel; None if absent, a placeholder without `jit`, or the simulator under its name."""
-    try:
-        top = importlib.import_module("nki")
-        if not hasattr(top, "jit") or hasattr(top, "SIMULATED"):
-            return None
-        return top, importlib.import_module("nki.language"), importlib.import_module("nki.isa")
-    except ImportError:
-        return None
+_NAMES = {"nki": "nki", "nl": "nki.language", "nisa": "nki.isa"}
+_modules: dict[str, ModuleType] = {}
 
 
-def _simulated() -> tuple[ModuleType, ModuleType, ModuleType]:
-    from .simulator.modules import nki_modules
+def use_nki() -> None:
+    """From here on kernels are AWS's. ImportError without nki, RuntimeError if a kernel has been imported before."""
+    if _modules:
+        raise RuntimeError("use_nki: kernels were imported before, need the call to come first")
+    _modules.update({name: importlib.import_module(module) for name, module in _NAMES.items()})
 
-    modules = nki_modules()
-    return modules["nki"], modules["nki.language"], modules["nki.isa"]
 
+def __getattr__(name: str) -> ModuleType:
+    if name not in _NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if not _modules:
+        from .simulator.modules import nki_modules
 
-_found = _real_nki()
-BACKEND = "simulator" if _found is None else "nki"
-nki, nl, nisa = _simulated() if _found is None else _found
+        simulated = nki_modules()
+        _modules.update({alias: simulated[module] for alias, module in _NAMES.items()})
+    return _modules[name]

@@ -7,7 +7,10 @@ nki is a stand-in, a package on the path of the process that compiles kernels.
 import base64
 import importlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -186,6 +189,15 @@ def test_what_nki_gives_or_says_is_one_error(nki: Path, old: str, new: str, says
     with pytest.raises(CompileError, match=says) as error:
         NkiKernelCompiler("trn2", 1).compile_kernels([WRITE])
     assert "\n" not in str(error.value)
+
+
+def test_an_installed_nki_changes_nothing_but_what_compiles_kernels(nki: Path) -> None:
+    """The simulator runs the kernels in an environment that has nki, too."""
+    command = [sys.executable, "-m", "neuron_paged", "kernels", "profile", "decode", "--context-lens", "40"]
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{nki}{os.pathsep}{root}"}
+    done = subprocess.run([*command, "--target", "trn2"], env=environment, cwd=nki, capture_output=True, text=True)
+    assert done.returncode == 0 and "live KV" in done.stdout, done.stderr
 
 
 def test_no_nki_at_all() -> None:

@@ -131,12 +131,12 @@ def test_call_outside_kernel_raises():
         nl.ndarray((4, 4), dtype=nl.float32, buffer=nl.sbuf)
 
 
-def test_toolchain_uses_the_simulator_without_a_wheel():
+def test_kernels_are_the_simulators_until_a_process_asks_for_nki():
     from nki_kernels import toolchain
 
-    assert toolchain.BACKEND == "simulator"
-    with simulator.as_nki():
-        assert toolchain._real_nki() is None
+    assert toolchain.nki.SIMULATED
+    with pytest.raises(RuntimeError, match="kernels were imported before"):
+        toolchain.use_nki()
 
 
 def test_as_nki_restores_what_was_imported_before(monkeypatch):
