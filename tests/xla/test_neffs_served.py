@@ -195,8 +195,8 @@ def test_what_can_not_be_served_is_one_line(
     assert len(lines) == 1 and says in lines[0]
 
 
-def test_without_nrtpy_it_says_how_to_install_it_before_anything_is_read(tmp_path: Path) -> None:
-    done = serve(Path("no/such"), tmp_path, "--bundle", "/none", nrtpy=False)
+def test_without_nrtpy_it_says_how_to_install_it(model: Path, store: Path, tmp_path: Path) -> None:
+    done = serve(model, tmp_path, "--bundle", str(store), nrtpy=False)
     lines = done.stderr.splitlines()
     assert done.returncode == 2 and len(lines) == 1
     assert "nrtpy, which runs a bundle's NEFFs, can't be imported" in lines[0]
