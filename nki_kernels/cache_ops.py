@@ -74,11 +74,12 @@ def copy_run_elements(num_pairs: int, block_elements: int, itemsize: int) -> int
     return block_elements // parts
 
 
-def scatter_layout(num_tokens: int, num_kv_heads: int) -> tuple[int, int]:
+def scatter_layout(num_tokens: int, num_kv_heads: int, num_cores: int = 1) -> tuple[int, int]:
     """(sides, heads) whose rows of `num_tokens` tokens share one scatter, so that there are the fewest scatters: both
-    of K and V (sides = 2) or one, and a divisor of the KV heads; within 128 partitions if any are."""
+    of K and V (sides = 2) or one, and a divisor of the KV heads; within 128 partitions if any are. Of two cores each
+    writes one side."""
     best = [1, 1]
-    for sides in (1, 2):
+    for sides in range(1, 3 if num_cores == 1 else 2):
         for heads in range(1, num_kv_heads + 1):
             if num_kv_heads % heads == 0 and sides * heads * min(num_tokens, ROWS) <= ROWS:
                 if sides * heads > best[0] * best[1]:
@@ -99,10 +100,10 @@ def reshape_and_cache(key, value, kv_cache, slot_mapping, k_scale=None, v_scale=
 
     Pseudocode: row(t, h, which) = (slot // B)·2KB + h·2B + which·B + slot % B;  cache_rows[row] = quantise(x[t, h]).
     Partition (side, hl, t) of a tile holds head hl·(K/heads) + g of token t; g, and K or V unless a tile holds both,
-    step through static offsets, so that one index per partition serves all.
+    step through static offsets, so that one index per partition serves all. Of two cores one writes K, the other V.
     """
     num_tokens, num_kv_heads, head_dim = key.shape
-    sides, heads = scatter_layout(num_tokens, num_kv_heads)
+    sides, heads = scatter_layout(num_tokens, num_kv_heads, nl.num_programs(0))
     tail = num_tokens % ROWS
     full_tiles = []
     for _i in range(min(SETS, num_tokens // ROWS)):
@@ -138,6 +139,7 @@ class WriteTiles(nl.NKIObject):  # type: ignore[name-defined]
         self.slot = nl.ndarray((rows, 1), dtype=nl.int32, buffer=nl.sbuf)
         self.block = nl.ndarray((rows, 1), dtype=nl.int32, buffer=nl.sbuf)
         self.index = nl.ndarray((rows, 1), dtype=nl.int32, buffer=nl.sbuf)
+        self.places = own_sides() if sides == 1 else [0]  # of `loaded`, that this core writes
         self.loaded = []  # K and V apart, or one tile with the rows of K before those of V
         self.inverse = []
         for _i in range(2 // sides):
@@ -183,9 +185,13 @@ class WriteTiles(nl.NKIObject):  # type: ignore[name-defined]
         pattern = [[run, self.heads], [num_kv_heads * head_dim, self.tokens], [1, run]]
         offset = first * num_kv_heads * head_dim
         half = self.heads * self.tokens
-        second = self.loaded[0][half : 2 * half, :] if self.sides == 2 else self.loaded[1]
-        nisa.dma_copy(dst=self.loaded[0][0:half, :], src=key.ap(pattern, offset=offset))
-        nisa.dma_copy(dst=second, src=value.ap(pattern, offset=offset))
+        if self.sides == 2:
+            nisa.dma_copy(dst=self.loaded[0][0:half, :], src=key.ap(pattern, offset=offset))
+            nisa.dma_copy(dst=self.loaded[0][half : 2 * half, :], src=value.ap(pattern, offset=offset))
+            return
+        for i in self.places:
+            source = value if i == 1 else key
+            nisa.dma_copy(dst=self.loaded[i], src=source.ap(pattern, offset=offset))
 
     def compute_index(self, slot_mapping, first, block_size):
         """index [rows, 1] = row of each partition's first head, counted from block 1; -1 for dropped slots.
@@ -208,7 +214,7 @@ class WriteTiles(nl.NKIObject):  # type: ignore[name-defined]
         _, num_kv_heads, _, block_size, head_dim = kv_cache.shape
         table = kv_cache.reshape((kv_cache.shape[0] * num_kv_heads * 2 * block_size, head_dim))
         for g in range(self.groups):
-            for i in range(len(self.loaded)):
+            for i in self.places:
                 source = self.loaded[i][:, nl.ds(g * head_dim, head_dim)]
                 stored = self.ring.store(source, self.inverse[i][:, g : g + 1])
                 offset = (first_block * 2 * num_kv_heads + 2 * g + i) * block_size * head_dim
@@ -216,6 +222,13 @@ class WriteTiles(nl.NKIObject):  # type: ignore[name-defined]
                     [[head_dim, self.rows], [1, head_dim]], offset=offset, vector_offset=index, indirect_dim=0
                 )
                 nisa.dma_copy(dst=target, src=stored, oob_mode=nisa.oob_mode.skip)
+
+
+def own_sides():
+    """Which of K (0) and V (1) this core writes: both, or one of them on each of two cores."""
+    if nl.num_programs(0) == 1:
+        return [0, 1]
+    return [nl.program_id(0)]
 
 
 class StoreRing(nl.NKIObject):  # type: ignore[name-defined]

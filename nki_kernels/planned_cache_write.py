@@ -7,7 +7,7 @@ are long: u·K·D elements from `key`, u·D elements to the cache. The engines i
 and tokens, or quantise.
 """
 
-from nki_kernels.cache_ops import RING, ROWS, StoreRing, WriteTiles, check_reshape_and_cache, itemsize_of
+from nki_kernels.cache_ops import RING, ROWS, StoreRing, WriteTiles, check_reshape_and_cache, itemsize_of, own_sides
 from nki_kernels.support import FP8_DTYPES, refuse
 from nki_kernels.toolchain import nisa, nki, nl
 from nki_kernels.write_plan import WriteShape, choose_run_tokens, first_run, heads_of_runs, heads_of_singles
@@ -50,16 +50,17 @@ def write_runs(key, value, kv_cache, write_plan, k_scale=None, v_scale=None):
     k_scale, v_scale [K] fp32, fp8 caches only. Returns kv_cache.
 
     Pseudocode, i over runs, x over key and value: cache[block(i), h, x, part(i)·u : …] = x[shift + i·u : …, h], u
-    tokens each; the singles as in `cache_ops.reshape_and_cache`.
+    tokens each; the singles as in `cache_ops.reshape_and_cache`. Of two cores one writes K, the other V.
     """
     tiles = RunTiles(key, kv_cache, write_plan.shape)
     tiles.load_constants(write_plan, k_scale, v_scale)
-    for which in range(2):
+    sides = own_sides()
+    for which in sides:
         tiles.load_singles(value if which == 1 else key, which)
     tiles.singles.scatter(kv_cache, tiles.single_slots, 0)
     for tile in range(tiles.num_tiles):
         for first in range(0, tiles.groups, tiles.width):
-            for which in range(2):
+            for which in sides:
                 loaded = tiles.load(value if which == 1 else key, tile, first)
                 tiles.scatter_heads(kv_cache, loaded, tile, first, which)
     return kv_cache

@@ -82,6 +82,26 @@ def test_an_fp8_cache_without_scales_stores_the_values():
     np.testing.assert_array_equal(bits(kv_cache), bits(by_rows))
 
 
+@pytest.mark.parametrize(
+    ("kernel", "num_tokens", "most"), [(write_runs, 300, 0.7), (reshape_and_cache, 300, 0.7), (reshape_and_cache, 8, 1)]
+)
+def test_two_cores_write_half_each(kernel, num_tokens, most):
+    """Of few tokens, keys and values share a scatter on one core."""
+    rng = np.random.default_rng(num_tokens)
+    key, value, kv_cache, slots, plan = chunk(rng, 300, 2, 16, 64, "bfloat16", "bfloat16", 21, num_tokens)
+    if kernel is reshape_and_cache:
+        key, value, plan = key[:num_tokens], value[:num_tokens], slots[:num_tokens]
+    caches = [kv_cache.copy(), kv_cache.copy()]
+    one, two = (
+        simulator.run(kernel, key, value, cache, plan, target="trn2", grid=cores, strict=True).report
+        for cores, cache in ((1, caches[0]), (2, caches[1]))
+    )
+    np.testing.assert_array_equal(bits(caches[1]), bits(caches[0]))
+    assert not np.isnan(caches[1].astype(np.float32)).all()
+    assert two.total_ns <= most * one.total_ns
+    assert two.timeline.bytes_by_kind["scatter"] == one.timeline.bytes_by_kind["scatter"]
+
+
 @pytest.mark.parametrize(("target", "times"), [("trn1", 6.5), ("trn2", 9), ("trn3", 9)])
 def test_a_chunk_of_2048_tokens_is_written_several_times_faster(target, times):
     rng = np.random.default_rng(2)
