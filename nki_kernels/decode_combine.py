@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from nki_kernels.decode_setup import load_broadcast
-from nki_kernels.decode_tiles import PMAX, PSUM_FP32, DecodeSizes, DecodeTiles
+from nki_kernels.decode_tiles import PMAX, PSUM_FP32, TINY, DecodeSizes, DecodeTiles
 from nki_kernels.toolchain import nisa, nl
 
 FLOOR = -(2.0**35)  # maximum of a batch row without pairs: above the penalty of foreign pairs, below any masked score
 MAX_SINK_EXPONENT = 80.0  # a sink this far above every score makes the output zero; exp stays finite
-TINY = 1e-30
 
 
 @dataclass
@@ -88,10 +87,27 @@ def setup_combine(z: DecodeSizes, w: CombineTiles, sinks, v_scale) -> None:
         load_broadcast(w.value_scale, v_scale, z.first_head, z.heads)
 
 
-def transpose_partials(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, head: int, banks: list) -> None:
-    """Partial outputs [D, C1, J] of a head to [J, C1, D]."""
+def has_early_totals(z: DecodeSizes) -> bool:
+    """Whether VectorE makes the denominators before it looks at a head's last values: if that takes it a microsecond at
+    most. Else meanwhile TensorE and ScalarE transpose the partial outputs."""
+    return z.columns * z.num_pairs <= 256
+
+
+def on_scalar(z: DecodeSizes, number: int) -> bool:
+    """Which engine drains a bank: ScalarE and VectorE in turn, only the faster ScalarE on NeuronCore-v2, where they
+    exclude each other."""
+    return z.version == 2 or number % 2 == 0
+
+
+def columns_per_bank(z: DecodeSizes, dim: int, banks: list) -> int:
+    """Score columns whose rows of `dim` elements share a bank: few where more banks let the engines overlap."""
+    return min(PSUM_FP32 // dim, max(1, (z.columns + len(banks) - 2) // (len(banks) - 1)))
+
+
+def transpose_partials(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, head: int, banks: list) -> int:
+    """Partial outputs [D, C1, J] of a head to [J, C1, D]. Returns how many banks it filled, one after the other."""
     first = (head % (len(t.partial) // z.chunks)) * z.chunks
-    per_bank = PSUM_FP32 // z.chunk_dim
+    per_bank = columns_per_bank(z, z.chunk_dim, banks)
     number = 0
     for jc in range(len(w.partial_t)):
         pairs = w.partial_t[jc].shape[0]
@@ -107,12 +123,13 @@ def transpose_partials(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, head: in
                         moving=t.operand_identity[0 : z.chunk_dim, 0 : z.chunk_dim],
                         accumulate=False,
                     )
-                nisa.activation(
-                    dst=w.partial_t[jc][:, nl.ds(x0, count), nl.ds(c * z.chunk_dim, z.chunk_dim)],
-                    op=nl.copy,
-                    data=bank,
-                )
+                dst = w.partial_t[jc][:, nl.ds(x0, count), nl.ds(c * z.chunk_dim, z.chunk_dim)]
+                if on_scalar(z, number) or not has_early_totals(z):
+                    nisa.activation(dst=dst, op=nl.copy, data=bank)
+                else:
+                    nisa.tensor_copy(dst=dst, src=bank, engine=nisa.engine.vector)
                 number += 1
+    return number
 
 
 def pair_weights(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, head: int, i: int) -> None:
@@ -193,10 +210,13 @@ def invert_totals(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, i: int, first
     return out
 
 
-def weigh_partials(z: DecodeSizes, w: CombineTiles, head: int, i: int, banks: list, inverse) -> None:
-    """Numerators of one head, [n, C1, D], into the result; times `inverse` [n, C1] unless it is None."""
+def weigh_partials(z: DecodeSizes, w: CombineTiles, head: int, i: int, banks: list, number: int, inverse) -> None:
+    """Numerators of one head, [n, C1, D], into the result; times `inverse` [n, C1] unless it is None.
+
+    number: of the first bank to use.
+    """
     n, chains = w.result[i].shape[0], len(w.partial_t)
-    per_bank, number = (PSUM_FP32 // z.head_dim if chains == 1 else 1), 0
+    per_bank = columns_per_bank(z, z.head_dim, banks) if chains == 1 else 1
     for x0 in range(0, z.columns, per_bank):
         count = min(z.columns - x0, per_bank)
         bank = banks[number % len(banks)][0:n, 0 : count * z.head_dim].reshape((n, count, z.head_dim))
@@ -211,7 +231,7 @@ def weigh_partials(z: DecodeSizes, w: CombineTiles, head: int, i: int, banks: li
         dst = w.result[i][:, head, nl.ds(x0, count), :]
         if inverse is None:  # nki-lint: allow is-none decided at trace time
             nisa.tensor_copy(dst=dst, src=bank, engine=nisa.engine.vector)
-        elif number % 2 == 1:
+        elif on_scalar(z, number):
             for x in range(count):
                 nisa.activation(
                     dst=dst[:, x, :], op=nl.copy, data=bank[:, x, :], scale=inverse[:, x0 + x : x0 + x + 1]
@@ -228,22 +248,29 @@ def weigh_head(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, head: int) -> No
         pair_weights(z, t, w, head, i)
 
 
-def combine_head(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, head: int, sinks, v_scale) -> None:
-    """The rest of the combine of a head whose units are done, in banks that no unit uses between iterations.
-
-    ScalarE drains the transposed partial outputs while VectorE makes weights and denominators.
-    """
-    banks = [t.stat_psum, t.sum_psum]
-    if head == z.heads - 1:
-        banks = [t.stat_psum, t.score_psum[0], t.score_psum[1]]
-    transpose_partials(z, t, w, head, banks)
+def total_head(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, head: int) -> None:
+    """The part that also needs the sums of the probabilities, but no values."""
     for i in range(len(w.result)):
         pair_totals(z, t, w, head, i)
+
+
+def combine_head(z: DecodeSizes, t: DecodeTiles, w: CombineTiles, head: int, sinks, v_scale) -> None:
+    """The rest of the combine of a head whose units are done, in banks that no unit uses between iterations."""
+    banks = [t.stat_psum, t.out_psum[0]]
+    if head == z.heads - 1:
+        banks = [t.stat_psum, t.score_psum[0], t.score_psum[1], t.out_psum[0]]
+    number = 0
+    if not has_early_totals(z):
+        number = transpose_partials(z, t, w, head, banks)
+        total_head(z, t, w, head)
+    inverse = []
+    for i in range(len(w.result)):
+        inverse.append(None if z.shards > 1 else invert_totals(z, t, w, i, head, 1, sinks, v_scale))
         transpose_weights(z, t, w, i, [t.sum_psum])
-        inverse = None
-        if z.shards == 1:
-            inverse = invert_totals(z, t, w, i, head, 1, sinks, v_scale)
-        weigh_partials(z, w, head, i, banks, inverse)
+    if has_early_totals(z):
+        number = transpose_partials(z, t, w, head, banks)
+    for i in range(len(w.result)):
+        weigh_partials(z, w, head, i, banks, number, inverse[i])
 
 
 def store(z: DecodeSizes, w: CombineTiles, out) -> None:

@@ -148,3 +148,6 @@ def setup_scales(z: DecodeSizes, t: DecodeTiles, scale: float, soft_cap: float, 
         nisa.tensor_scalar(dst=t.scale, data=t.scale, op0=nl.multiply, operand0=factor)
     if soft_cap > 0.0:
         nisa.memset(dst=t.cap, value=soft_cap)
+        nisa.memset(dst=t.negated, value=-soft_cap)
+    else:
+        nisa.tensor_scalar(dst=t.negated, data=t.scale, op0=nl.multiply, operand0=-1.0)

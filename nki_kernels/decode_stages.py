@@ -7,7 +7,8 @@ destination, several matmuls in one bank), clear_slabs and gather (what skipped 
 Legend: see `decode_tiles`.
 """
 
-from nki_kernels.decode_tiles import PMAX, DecodeSizes, DecodeTiles, Unit, slots_per_bank, sum_slots
+from nki_kernels.decode_support import ZERO_COLUMNS
+from nki_kernels.decode_tiles import PMAX, TINY, DecodeSizes, DecodeTiles, Unit, slots_per_bank, sum_slots
 from nki_kernels.plan_shape import shard_fold_number
 from nki_kernels.toolchain import nisa, nl
 
@@ -18,49 +19,73 @@ MASK_SLOPE = 2.0**31
 
 def clear_slabs(z: DecodeSizes, t: DecodeTiles, u: Unit) -> None:
     """Zeroes the tile of a unit that is its first user: skipped rows must be finite. VectorE and ScalarE share it."""
-    size = z.slab_tokens * z.head_dim
     if u.split:
-        nisa.memset(dst=t.key_slabs[u.slot], value=0.0)
-        _clear_on_scalar(t, t.value_slabs[u.slot], 0, size)
+        _clear(z, t, t.key_slabs[u.slot])
+        _clear(z, t, t.value_slabs[u.slot])
     else:
-        share = size * 5 // 4  # of 2·size; VectorE writes zeros about 5/3 as fast
-        nisa.memset(dst=t.slabs[u.slot][:, 0:share], value=0.0)
-        _clear_on_scalar(t, t.slabs[u.slot], share, 2 * size - share)
+        _clear(z, t, t.slabs[u.slot])
 
 
-def _clear_on_scalar(t: DecodeTiles, tile, first: int, count: int) -> None:
-    nisa.activation(dst=tile[:, nl.ds(first, count)], op=nl.copy, data=t.zero.broadcast(1, count))
+def _clear(z: DecodeSizes, t: DecodeTiles, tile) -> None:
+    size = tile.shape[1]
+    share = size * (6 if z.version == 3 else 5) // 8  # as the two engines' rates
+    if z.version == 2:
+        nisa.memset(dst=tile[:, 0:share], value=0.0)
+    else:  # copies within SBUF are VectorE's fastest writes
+        for first in range(0, share, ZERO_COLUMNS):
+            count = min(share - first, ZERO_COLUMNS)
+            nisa.tensor_copy(dst=tile[:, nl.ds(first, count)], src=t.zero[:, 0:count], engine=nisa.engine.vector)
+    rest = size - share
+    nisa.activation(dst=tile[:, nl.ds(share, rest)], op=nl.copy, data=t.zero[:, 0:1].broadcast(1, rest))
 
 
-def gather(z: DecodeSizes, t: DecodeTiles, kv_cache, u: Unit) -> None:
-    """128 slabs of one fold, K and V; out-of-range rows are skipped and keep old, finite contents."""
+def gather(z: DecodeSizes, t: DecodeTiles, kv_cache, units: list, i: int) -> None:
+    """128 slabs of unit i's fold; out-of-range rows are skipped and keep old, finite contents.
+
+    Late values follow the next unit's keys.
+    """
+    u = units[i]
     half = z.slab_tokens * z.head_dim
-    fold = shard_fold_number(u.fold, z.core, z.full_folds, z.mixed_folds, z.shared_folds, z.shards)
-    column = (z.first_head + u.head) * (z.num_folds * z.shards) + fold
-    index = t.table[:, column : column + 1]
     slabs = kv_cache.shape[0] * z.all_heads
     if not u.split:
         source = kv_cache.reshape((slabs, 2 * half)).ap(
-            [[2 * half, PMAX], [1, 2 * half]], vector_offset=index, indirect_dim=0
+            [[2 * half, PMAX], [1, 2 * half]], vector_offset=_index(z, t, u), indirect_dim=0
         )
         nisa.dma_copy(dst=t.slabs[u.slot], src=source, oob_mode=nisa.oob_mode.skip)
         return
     if z.parts == 1:  # rows of half slabs: twice the row, exactly, in int32
-        nisa.tensor_tensor(dst=t.split_index, data1=index, data2=index, op=nl.add, engine=nisa.engine.gpsimd)
-        index = t.split_index
-    halves = kv_cache.reshape((slabs * 2 * z.parts, half))
-    keys = halves.ap([[half, PMAX], [1, half]], offset=0, vector_offset=index, indirect_dim=0)
-    nisa.dma_copy(dst=t.key_slabs[u.slot], src=keys, oob_mode=nisa.oob_mode.skip)
-    values_offset = z.parts * half
-    source = halves.ap([[half, PMAX], [1, half]], offset=values_offset, vector_offset=index, indirect_dim=0)
-    nisa.dma_copy(dst=t.value_slabs[u.slot], src=source, oob_mode=nisa.oob_mode.skip)
+        index = _index(z, t, u)
+        nisa.tensor_tensor(
+            dst=t.split_index[u.slot], data1=index, data2=index, op=nl.add, engine=nisa.engine.gpsimd
+        )
+    _gather_half(z, t, kv_cache, u, t.key_slabs[u.slot], 0)
+    if i > 0 and units[i - 1].late:
+        _gather_half(z, t, kv_cache, units[i - 1], t.value_slabs[units[i - 1].slot], z.parts * half)
+    if not u.late:
+        _gather_half(z, t, kv_cache, u, t.value_slabs[u.slot], z.parts * half)
 
 
-def transpose_keys(z: DecodeSizes, t: DecodeTiles, u: Unit, g: int, on_scalar: bool) -> None:
-    """Keys of one bank's slots, transposed by TensorE and drained to SBUF as one instruction."""
+def _index(z: DecodeSizes, t: DecodeTiles, u: Unit):
+    """[128, 1] cache rows of a unit's fold."""
+    fold = shard_fold_number(u.fold, z.core, z.full_folds, z.mixed_folds, z.shared_folds, z.shards)
+    column = (z.first_head + u.head) * (z.num_folds * z.shards) + fold
+    return t.table[:, column : column + 1]
+
+
+def _gather_half(z: DecodeSizes, t: DecodeTiles, kv_cache, u: Unit, tile, offset: int) -> None:
+    """Keys (offset 0) or values of a split unit."""
+    half = z.slab_tokens * z.head_dim
+    index = t.split_index[u.slot] if z.parts == 1 else _index(z, t, u)
+    halves = kv_cache.reshape((kv_cache.shape[0] * z.all_heads * 2 * z.parts, half))
+    source = halves.ap([[half, PMAX], [1, half]], offset=offset, vector_offset=index, indirect_dim=0)
+    nisa.dma_copy(dst=tile, src=source, oob_mode=nisa.oob_mode.skip)
+
+
+def transpose_keys(z: DecodeSizes, t: DecodeTiles, u: Unit, g: int, on_scalar: int) -> None:
+    """Keys of one bank's slots, transposed by TensorE; ScalarE drains the last `on_scalar`, VectorE the rest."""
     slots = min(z.slab_tokens - g * z.group_slots, z.group_slots)
     count = slots * z.chunks // z.pack
-    bank, tile = t.key_psum[g % 2], t.keys[u.phase * z.num_groups + g]
+    bank, tile = t.key_psum[(u.bank + g) % z.key_banks], t.keys[u.phase * z.num_groups + g]
     source = t.key_slabs[u.slot] if u.split else t.slabs[u.slot]
     for k in range(count):
         data = source[:, nl.ds(g * z.group_slots * z.head_dim + k * z.key_rows, z.key_rows)]
@@ -68,33 +93,39 @@ def transpose_keys(z: DecodeSizes, t: DecodeTiles, u: Unit, g: int, on_scalar: b
             nisa.nc_matmul(dst=bank[:, k, :], stationary=data, moving=t.operand_identity, accumulate=False)
         else:
             nisa.nc_transpose(dst=bank[:, k, :], data=data, engine=nisa.engine.tensor)
-    if on_scalar:
-        nisa.activation(dst=tile[:, 0:count, :], op=nl.copy, data=bank[:, 0:count, :])
-    else:
-        nisa.tensor_copy(dst=tile[:, 0:count, :], src=bank[:, 0:count, :], engine=nisa.engine.vector)
+    first = max(count - on_scalar, 0)
+    if first > 0:
+        nisa.tensor_copy(dst=tile[:, 0:first, :], src=bank[:, 0:first, :], engine=nisa.engine.vector)
+    if first < count:
+        nisa.activation(
+            dst=tile[:, nl.ds(first, count - first), :], op=nl.copy, data=bank[:, nl.ds(first, count - first), :]
+        )
 
 
-def scalar_drains(z: DecodeSizes, units: list, i: int, softmax: int) -> int:
-    """How many banks of unit i ScalarE drains; VectorE takes the rest.
+def scalar_drains(z: DecodeSizes, units: list, i: int, beside_maxima: bool) -> int:
+    """How many transposes of each bank of unit i ScalarE drains; VectorE takes the rest.
 
-    Balances what both do in this step: the softmax of unit `softmax`, if it is not negative, the eviction of unit i. In
-    elements per partition: VectorE moves keys twice as fast as scores from NeuronCore-v3 on, ScalarE 5/4 of VectorE's
-    rate on scores. On NeuronCore-v2 the two take turns at PSUM, and ScalarE is the faster.
+    Balances what both do at the time: the eviction of unit i, the exponentials of the unit before and, if
+    `beside_maxima`, its maxima too. In tenths of VectorE's time for a score: VectorE moves keys at twice that rate from
+    NeuronCore-v3 on, ScalarE everything at 5/4 of it on v3; on v4 scores at that rate, keys at twice. On NeuronCore-v2
+    the two take turns at PSUM, and ScalarE is the faster.
     """
     if z.version == 2:
-        return z.num_groups
-    bank = z.transposes * PMAX
-    vector, scalar = 0, 0
+        return z.transposes
+    keys, vector, scalar = z.num_groups * PMAX, 0, 0
+    vector_key, scalar_score, scalar_key = 5, (8 if z.version == 3 else 10), (8 if z.version == 3 else 5)
     if units[i].mixed:
-        vector += units[i].columns * z.slab_tokens
+        vector += units[i].columns * z.slab_tokens * 10
     else:
-        scalar += units[i].columns * z.slab_tokens * 4 // 5
-    if softmax >= 0:
-        vector += 2 * units[softmax].columns * z.slab_tokens
-        scalar += units[softmax].columns * z.slab_tokens * 4 // 5
-    best, count = vector + z.num_groups * bank // 2, 0
-    for k in range(1, z.num_groups + 1):
-        step = max(vector + (z.num_groups - k) * bank // 2, scalar + k * bank * 4 // 5)
+        scalar += units[i].columns * z.slab_tokens * scalar_score
+    if i > 0:
+        scores = units[i - 1].columns * z.slab_tokens
+        scalar += scores * scalar_score
+        if beside_maxima:
+            vector += scores * (10 if has_bias(z, units[i - 1]) else 20)
+    best, count = vector + z.transposes * keys * vector_key, 0
+    for k in range(1, z.transposes + 1):
+        step = max(vector + (z.transposes - k) * keys * vector_key, scalar + k * keys * scalar_key)
         if step < best:
             best, count = step, k
     return count
@@ -143,6 +174,14 @@ def mask_bounds(z: DecodeSizes, t: DecodeTiles, u: Unit) -> None:
         operand0=t.mixed[:, nl.ds(z.mixed_folds + number, 1)],
         op1=nl.multiply,
         operand1=t.mixed[:, nl.ds(number, 1)],
+    )
+    nisa.tensor_scalar(
+        dst=t.selected[u.phase],
+        data=t.seq_index.reshape((PMAX, z.seqs, 1)),
+        op0=nl.equal,
+        operand0=t.mixed[:, nl.ds(z.mixed_folds + number, 1)],
+        op1=nl.multiply,
+        operand1=t.negated[:, u.head : u.head + 1],
     )
     width = z.q_len * z.slab_tokens
     nisa.tensor_tensor(
@@ -227,21 +266,46 @@ def replicate_max(t: DecodeTiles, u: Unit):
     return out
 
 
+def has_bias(z: DecodeSizes, u: Unit) -> bool:
+    """Whether the exponentials of a mixed fold take their maxima as biases: not if instructions would be too short."""
+    return u.mixed and u.seqs > 1 and u.seqs * z.slab_tokens >= 64
+
+
 def exponentials(z: DecodeSizes, t: DecodeTiles, u: Unit) -> None:
-    """Probabilities relative to the fold's maximum, and that maximum into the pair statistics."""
+    """Probabilities relative to the fold's maximum, and that maximum into the pair statistics.
+
+    A slab of a mixed fold has one sequence, so that its maxima fit into a bias per column of a sequence; VectorE
+    subtracts those of other folds.
+    """
     tokens = z.slab_tokens
-    tile = t.scores[u.phase][:, 0 : u.columns * tokens].reshape((PMAX, u.columns, tokens))
     maxima = replicate_max(t, u)
-    nisa.tensor_tensor(
-        dst=tile, data1=tile, data2=maxima.expand_dim(2).broadcast(2, tokens), op=nl.subtract
-    )
     scale = t.cap if z.soft_cap else t.scale
-    nisa.activation(
-        dst=t.probs[u.phase][:, 0 : u.columns * tokens],
-        op=nl.exp,
-        data=t.scores[u.phase][:, 0 : u.columns * tokens],
-        scale=scale[:, u.head : u.head + 1],
-    )
+    scores = t.scores[u.phase][:, 0 : u.columns * tokens]
+    probs = t.probs[u.phase][:, 0 : u.columns * tokens]
+    if has_bias(z, u):
+        own = t.own_max[u.phase]
+        bias = t.bias[u.phase]
+        nisa.tensor_tensor(
+            dst=own,
+            data1=maxima.reshape((PMAX, z.seqs, z.columns)),
+            data2=t.selected[u.phase].broadcast(2, z.columns),
+            op=nl.multiply,
+        )
+        nisa.tensor_reduce(dst=bias, op=nl.add, data=own.permute((0, 2, 1)), axis=2)
+        for c in range(z.columns):
+            nisa.activation(
+                dst=probs.reshape((PMAX, z.seqs, z.columns, tokens))[:, :, c, :],
+                op=nl.exp,
+                data=scores.reshape((PMAX, z.seqs, z.columns, tokens))[:, :, c, :],
+                bias=bias[:, c : c + 1],
+                scale=scale[:, u.head : u.head + 1],
+            )
+    else:
+        tile = scores.reshape((PMAX, u.columns, tokens))
+        nisa.tensor_tensor(
+            dst=tile, data1=tile, data2=maxima.expand_dim(2).broadcast(2, tokens), op=nl.subtract
+        )
+        nisa.activation(dst=probs, op=nl.exp, data=scores, scale=scale[:, u.head : u.head + 1])
     nisa.tensor_copy(dst=pair_view(z, t.pair_max, u), src=maxima, engine=nisa.engine.vector)
 
 
@@ -259,7 +323,7 @@ def values(z: DecodeSizes, t: DecodeTiles, u: Unit, first: int, end: int) -> Non
     for slot in range(first, end):
         for c in range(z.chunks):
             nisa.nc_matmul(
-                dst=t.out_psum[c][:, 0 : u.columns],
+                dst=t.out_psum[c][0 : z.chunk_dim, 0 : u.columns],
                 stationary=source[:, nl.ds(base + slot * z.head_dim + c * z.chunk_dim, z.chunk_dim)],
                 moving=probs[:, :, slot],
                 accumulate=slot > 0,
@@ -275,7 +339,12 @@ def probability_sums(z: DecodeSizes, t: DecodeTiles, u: Unit) -> None:
         nisa.nc_matmul(dst=total, stationary=t.ones, moving=probs[:, :, nl.ds(slot, step)], accumulate=slot > 0)
     sums = pair_view(z, t.pair_sum, u)
     nisa.tensor_reduce(dst=sums, op=nl.add, data=total, axis=2)
-    nisa.reciprocal(dst=t.inverse_sum[u.phase][:, 0 : u.columns], data=sums)
+    inverse = t.inverse_sum[u.phase][:, 0 : u.columns]
+    if has_bias(z, u):  # columns without visible slots have no probabilities
+        nisa.tensor_scalar(dst=inverse.reshape((PMAX, u.seqs, z.columns)), data=sums, op0=nl.maximum, operand0=TINY)
+        nisa.reciprocal(dst=inverse, data=inverse)
+    else:
+        nisa.reciprocal(dst=inverse, data=sums)
 
 
 def store_partials(z: DecodeSizes, t: DecodeTiles, u: Unit) -> None:
@@ -283,7 +352,7 @@ def store_partials(z: DecodeSizes, t: DecodeTiles, u: Unit) -> None:
     for c in range(z.chunks):
         nisa.tensor_tensor(
             dst=pair_view(z, t.partial, u, c, z.chunks),
-            data1=t.out_psum[c][:, 0 : u.columns],
+            data1=t.out_psum[c][0 : z.chunk_dim, 0 : u.columns],
             data2=t.inverse_sum[u.phase][0 : z.chunk_dim, 0 : u.columns],
             op=nl.multiply,
         )

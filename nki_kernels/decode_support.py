@@ -7,7 +7,7 @@ Owns the limits of one call and the estimate of its SBUF; `plan` owns batches an
 from dataclasses import dataclass
 
 from .hardware import NUM_PARTITIONS, generation
-from .plan_shape import RING_DEPTH, PlanShape, SlabLayout, slab_tokens_of
+from .plan_shape import RING_DEPTH, PlanShape, SlabLayout, slab_tokens_of, split_units_of
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3": 1, "float8_e4m3fn": 1}
 QUERY_DTYPES = ("bfloat16", "float16", "float32")
@@ -16,6 +16,7 @@ BLOCK_SIZES = (16, 32, 64, 128)
 MAX_Q_LEN = 8
 MAX_COLUMNS = 64  # query tokens x query heads per KV head x sequences that share a matmul: TensorE's 64-cycle floor
 MAX_COLUMNS_HEAD_64 = 32  # for head_dim up to 64: slabs hold twice the tokens, and SBUF as many more scores
+ZERO_COLUMNS = 1024  # elements per partition of the tile of zeros
 SBUF_RESERVE = 24 * 1024  # bytes per partition left to the compiler: DMA scratch pins 2-64 KiB
 
 
@@ -140,15 +141,19 @@ class DecodeProblem:
         rows, parity = min(shape.num_seqs, NUM_PARTITIONS), 2 if heads > 1 else 1
         pack, chunks = (2 if self.head_dim == 64 else 1), (2 if self.head_dim > NUM_PARTITIONS else 1)
         slab = 2 * tokens * self.head_dim * size
-        key_banks = max(1, -(-tokens * self.head_dim * (4 if self.target in ("trn1", "inf2") else size) // 2048))
+        transposes = 2048 // (NUM_PARTITIONS * (4 if self.target in ("trn1", "inf2") else size))
+        key_banks = -(-tokens // min(tokens, transposes * pack // chunks))
         plan = 4 * shape.table_shape(self.num_kv_heads)[1] + 4 * pairs + 8 * max(mixed, 1)
         queries = max(pack, chunks) * pairs * head_columns * size
         queries += row_tiles * head_columns * self.head_dim * (3 if pack == 2 else 1) * size
         one_hots = row_tiles * pairs * (size + 2)
-        constants = NUM_PARTITIONS * (4 + 2 + 2 * size) + 4 * self.q_len * tokens
-        slabs = (RING_DEPTH + (1 if self.block_size == tokens else 0)) * slab
-        unit = 2 * (key_banks * 2048 // (2 if self.target in ("trn1", "inf2") and size == 2 else 1)
-                    + widest * (tokens * (4 + size) + 8) + 4 * shape.seqs_per_mixed_fold * (self.q_len * tokens + 1))
+        constants = NUM_PARTITIONS * (4 + 2 + 2 * size) + 4 * self.q_len * tokens + ZERO_COLUMNS * size
+        version = generation(self.target).version
+        split = split_units_of(tokens, self.head_dim, size, version) if self.block_size == tokens else 0
+        slabs = (RING_DEPTH + split) * slab
+        unit = 2 * (key_banks * transposes * NUM_PARTITIONS * size
+                    + widest * (tokens * (4 + size) + 8)
+                    + 4 * shape.seqs_per_mixed_fold * (self.q_len * tokens + columns + 2) + 4 * columns)
         statistics = parity * columns * pairs * (2 + 4 + chunks * size)
         combine = columns * (pairs + 1) * 2 + row_tiles * columns * pairs * (4 + size)
         combine += row_tiles * pair_tiles * columns * rows * size + pair_tiles * columns * self.head_dim * size

@@ -9,12 +9,14 @@ sequences of a mixed fold, J (fold, sequence) pairs of this core, C1 = M·G scor
 from dataclasses import dataclass
 from typing import Any
 
-from nki_kernels.plan_shape import RING_DEPTH, fold_order, slab_tokens_of
+from nki_kernels.decode_support import ZERO_COLUMNS
+from nki_kernels.plan_shape import RING_DEPTH, clears_tile, fold_order, slab_tokens_of, split_units_of
 from nki_kernels.toolchain import nisa, nl
 
 PMAX = 128
 PSUM_BANK_BYTES = 2048
 PSUM_FP32 = PSUM_BANK_BYTES // 4
+TINY = 1e-30  # keeps denominators of what nobody sees from zero
 MAX_COLUMNS = 64  # C: above, the moving operand leaves TensorE's 64-cycle floor and VectorE limits
 
 
@@ -53,6 +55,8 @@ class DecodeSizes(nl.NKIObject):  # type: ignore[name-defined]
     key_rows: int  # partitions of a transposed key tile
     group_slots: int  # token slots per bank of transposed keys
     num_groups: int  # banks of transposed keys per unit
+    key_banks: int  # of PSUM: all that nothing else needs
+    split_units: int  # last units with keys and values gathered apart (all, if parts > 1)
 
 
 def itemsize(dtype: str) -> int:
@@ -127,6 +131,8 @@ def decode_sizes(
         key_rows=head_dim // chunks * pack,
         group_slots=group_slots,
         num_groups=(slab_tokens + group_slots - 1) // group_slots,
+        key_banks=4 - chunks,
+        split_units=split_units_of(slab_tokens, head_dim, size, version),
     )
 
 
@@ -142,14 +148,17 @@ class Unit(nl.NKIObject):  # type: ignore[name-defined]
     pair: int  # first local pair
     slot: int  # position in the ring of slab tiles
     split: bool  # K and V gathered apart: keys can be worked on while values arrive
+    late: bool  # its values come after the next unit's keys
+    clear: bool  # it must clear its tile, which nobody used before: skipped rows keep what a tile held
     phase: int  # position in the rings of two
+    bank: int  # of PSUM, for its first group of transposed keys
 
 
 def decode_units(z: DecodeSizes) -> list:
     """The units of this core in order: head by head, the folds of a head as the plan expects."""
     order = fold_order(z.full_folds, z.mixed_folds, z.shared_folds)
     shared = z.full_folds + z.mixed_folds
-    units, last = [], z.heads * len(order) - 1
+    units, total = [], z.heads * len(order)
     for head in range(z.heads):
         for place in range(len(order)):
             fold = order[place]
@@ -161,9 +170,15 @@ def decode_units(z: DecodeSizes) -> list:
                 seqs = z.shared_seqs
                 pair = z.full_folds + z.mixed_folds * z.seqs + (fold - shared) * z.shared_seqs
             number = head * len(order) + place
-            split = z.parts > 1 or number == last
-            slot = 0 if split and z.parts == 1 else number % RING_DEPTH
-            units.append(Unit(head, fold, mixed, seqs, seqs * z.columns, pair, slot, split, number % 2))
+            own_tiles = z.parts == 1 and number >= total - z.split_units
+            slot = total - 1 - number if own_tiles else number % RING_DEPTH
+            first_user = own_tiles or number < RING_DEPTH
+            clear = first_user and clears_tile(number, fold, z.full_folds, z.mixed_folds)
+            late = number == total - 2 and z.split_units == 2
+            split = z.parts > 1 or own_tiles
+            bank = number * z.num_groups % z.key_banks
+            columns = seqs * z.columns
+            units.append(Unit(head, fold, mixed, seqs, columns, pair, slot, split, late, clear, number % 2, bank))
     return units
 
 
@@ -176,6 +191,7 @@ class DecodeTiles(nl.NKIObject):  # type: ignore[name-defined]
     mixed: Any  # [128, 2·F2] fp32: slab_len | slab_seq
     scale: Any  # [128, H] fp32, score scale of each head
     cap: Any  # [128, H] fp32, scale of exp after a soft cap
+    negated: Any  # [128, H] fp32, minus the scale of exp
     identity: Any  # [128, 128] bf16
     operand_identity: Any  # [128, 128] in dtype
     ones: Any  # [128, 128] in dtype
@@ -186,14 +202,17 @@ class DecodeTiles(nl.NKIObject):  # type: ignore[name-defined]
     onehot: list  # per 128 batch rows [n, J]
     penalty: list  # per 128 batch rows [n, J] bf16
     slabs: list  # ring of RING_DEPTH [128, 2·T·D]; empty if every unit is split
-    key_slabs: list  # [128, T·D]: a ring if every unit is split, else one for the last unit
+    key_slabs: list  # [128, T·D]: a ring if every unit is split, else one per split unit
     value_slabs: list
-    split_index: Any  # [128, 1] int32 row of the last unit's keys in the cache of half slabs
-    zero: Any  # [128, 1] in dtype
+    split_index: list  # per split unit [128, 1] int32 row of its keys in the cache of half slabs
+    zero: Any  # [128, ZERO_COLUMNS] in dtype
     keys: list  # 2 x num_groups of [key_rows, transposes, 128]
     scores: list  # 2 of [128, C·T] fp32
     probs: list  # 2 of [128, C·T]
     bound: list  # 2 of [128, S, 1] fp32
+    selected: list  # 2 of [128, S, 1] fp32: minus the scale of exp for the sequence of the slab, else 0
+    own_max: list  # 2 of [128, S, C1] fp32
+    bias: list  # 2 of [128, C1] fp32
     violation: list  # 2 of [128, S·M, T] fp32
     row_max: list  # 2 of [128, C] bf16
     fold_max: list  # 2 of [C, 1] bf16
@@ -201,7 +220,7 @@ class DecodeTiles(nl.NKIObject):  # type: ignore[name-defined]
     pair_max: list  # per head parity [128, C1, J] bf16: the maxima are bf16 values
     pair_sum: list  # per head parity [128, C1, J] fp32
     partial: list  # per head parity, per chunk [chunk_dim, C1, J]
-    key_psum: list  # 2 banks
+    key_psum: list  # 3 banks, 2 with two chunks
     score_psum: list  # 2 banks
     out_psum: list  # one bank per chunk
     sum_psum: Any
@@ -229,6 +248,7 @@ def allocate(z: DecodeSizes, table_width: int) -> DecodeTiles:
         mixed=nl.ndarray((PMAX, 2 * max(z.mixed_folds, 1)), dtype=nl.float32, buffer=nl.sbuf),
         scale=nl.ndarray((PMAX, z.heads), dtype=nl.float32, buffer=nl.sbuf),
         cap=nl.ndarray((PMAX, z.heads), dtype=nl.float32, buffer=nl.sbuf),
+        negated=nl.ndarray((PMAX, z.heads), dtype=nl.float32, buffer=nl.sbuf),
         identity=nl.ndarray(square, dtype=nl.bfloat16, buffer=nl.sbuf),
         operand_identity=nl.ndarray(square, dtype=z.dtype, buffer=nl.sbuf),
         ones=nl.ndarray(square, dtype=z.dtype, buffer=nl.sbuf),
@@ -241,14 +261,17 @@ def allocate(z: DecodeSizes, table_width: int) -> DecodeTiles:
         onehot=_ring(row_tiles, (min(z.num_seqs, PMAX), pairs), z.dtype, nl.sbuf),
         penalty=_ring(row_tiles, (min(z.num_seqs, PMAX), pairs), nl.bfloat16, nl.sbuf),
         slabs=_ring(0 if z.parts > 1 else RING_DEPTH, (PMAX, 2 * tokens * z.head_dim), z.dtype, nl.sbuf),
-        key_slabs=_ring(RING_DEPTH if z.parts > 1 else 1, (PMAX, tokens * z.head_dim), z.dtype, nl.sbuf),
-        value_slabs=_ring(RING_DEPTH if z.parts > 1 else 1, (PMAX, tokens * z.head_dim), z.dtype, nl.sbuf),
-        split_index=nl.ndarray((PMAX, 1), dtype=nl.int32, buffer=nl.sbuf),
-        zero=nl.ndarray((PMAX, 1), dtype=z.dtype, buffer=nl.sbuf),
+        key_slabs=_ring(RING_DEPTH if z.parts > 1 else z.split_units, (PMAX, tokens * z.head_dim), z.dtype, nl.sbuf),
+        value_slabs=_ring(RING_DEPTH if z.parts > 1 else z.split_units, (PMAX, tokens * z.head_dim), z.dtype, nl.sbuf),
+        split_index=_ring(z.split_units, (PMAX, 1), nl.int32, nl.sbuf),
+        zero=nl.ndarray((PMAX, ZERO_COLUMNS), dtype=z.dtype, buffer=nl.sbuf),
         keys=_ring(2 * z.num_groups, (z.key_rows, z.transposes, PMAX), z.dtype, nl.sbuf),
         scores=_ring(2, (PMAX, widest * tokens), nl.float32, nl.sbuf),
         probs=_ring(2, (PMAX, widest * tokens), z.dtype, nl.sbuf),
         bound=_ring(2, (PMAX, z.seqs, 1), nl.float32, nl.sbuf),
+        selected=_ring(2, (PMAX, z.seqs, 1), nl.float32, nl.sbuf),
+        own_max=_ring(2, (PMAX, z.seqs, columns), nl.float32, nl.sbuf),
+        bias=_ring(2, (PMAX, columns), nl.float32, nl.sbuf),
         violation=_ring(2, (PMAX, z.seqs * z.q_len, tokens), nl.float32, nl.sbuf),
         row_max=_ring(2, (PMAX, widest), nl.bfloat16, nl.sbuf),
         fold_max=_ring(2, (widest, 1), nl.bfloat16, nl.sbuf),
@@ -256,9 +279,9 @@ def allocate(z: DecodeSizes, table_width: int) -> DecodeTiles:
         pair_max=_ring(parity, (PMAX, columns, pairs), nl.bfloat16, nl.sbuf),
         pair_sum=_ring(parity, (PMAX, columns, pairs), nl.float32, nl.sbuf),
         partial=_ring(parity * z.chunks, (z.chunk_dim, columns, pairs), z.dtype, nl.sbuf),
-        key_psum=_ring(2, (z.key_rows, z.transposes, PMAX), key_psum_dtype, nl.psum),
+        key_psum=_ring(z.key_banks, (z.key_rows, z.transposes, PMAX), key_psum_dtype, nl.psum),
         score_psum=_ring(2, (PMAX, PSUM_FP32), nl.float32, nl.psum),
-        out_psum=_ring(z.chunks, (z.chunk_dim, widest), nl.float32, nl.psum),
+        out_psum=_ring(z.chunks, (PMAX, PSUM_FP32), nl.float32, nl.psum),
         sum_psum=nl.ndarray((PMAX, PSUM_FP32), dtype=nl.float32, buffer=nl.psum),
         stat_psum=nl.ndarray((PMAX, PSUM_FP32), dtype=nl.float32, buffer=nl.psum),
     )

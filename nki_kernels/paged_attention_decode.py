@@ -72,26 +72,29 @@ def paged_attention_decode(
     units = decode_units(z)
     setup.load_plan(t, plan)
     nisa.memset(dst=t.zero, value=0.0)
-    _clear(z, t, units[0])  # VectorE and ScalarE have nothing else to do until the plan arrives
+    _clear(z, t, units, 0, 1)  # VectorE and ScalarE have nothing else to do until the plan arrives
     setup.setup_constants(z, t)  # before the gathers: GpSimd makes the iotas and the gathers' descriptors
-    early = min(2, len(units))
-    _first_gathers(z, t, kv_cache, units, 0, early)
+    early, ring = min(2, len(units)), min(RING_DEPTH, len(units))
+    _clear(z, t, units, 1, early)
+    _gather(z, t, kv_cache, units, 0, early)
     setup.setup_scales(z, t, softmax_scale, logits_soft_cap, k_scale)
     setup.setup_plan(z, t)
     setup.setup_query(z, t, query)
     combine.setup_combine(z, w, sinks, v_scale)
-    _first_gathers(z, t, kv_cache, units, early, min(RING_DEPTH, len(units)))
+    _clear(z, t, units, early, 3)
+    _gather(z, t, kv_cache, units, early, min(3, ring))
     depth = pipeline.depth(z)
     for i in range(len(units) + depth):
         if depth == 2:
             pipeline.deep_step(z, t, w, units, i)
         else:
             pipeline.shallow_step(z, t, w, units, i)
+        if i == 0:  # what the first unit need not wait for
+            _clear(z, t, units, 3, len(units))
+            _gather(z, t, kv_cache, units, 3, ring)
         done, ahead = i - depth, i - depth + RING_DEPTH
         if done >= 0 and ahead < len(units):
-            if units[ahead].split and z.parts == 1:
-                _clear(z, t, units[ahead])
-            stages.gather(z, t, kv_cache, units[ahead])
+            stages.gather(z, t, kv_cache, units, ahead)
         if done >= 0 and pipeline.ends_head(units, done):
             combine.combine_head(z, t, w, units[done].head, sinks, v_scale)
     if z.shards > 1:
@@ -101,15 +104,14 @@ def paged_attention_decode(
     return out
 
 
-def _first_gathers(z, t, kv_cache, units, first: int, end: int) -> None:
-    """Fills part of the ring. Mixed folds may skip rows, so their tiles are cleared; full ones the plan fills."""
+def _gather(z, t, kv_cache, units, first: int, end: int) -> None:
+    """Data of units first..end-1."""
     for i in range(first, end):
-        if i > 0:
-            _clear(z, t, units[i])
-        stages.gather(z, t, kv_cache, units[i])
+        stages.gather(z, t, kv_cache, units, i)
 
 
-def _clear(z, t, u) -> None:
-    """Clears the tile of a unit that is its first user, if the unit may skip rows or has the tile to itself."""
-    if u.mixed or (u.split and z.parts == 1):
-        stages.clear_slabs(z, t, u)
+def _clear(z, t, units, first: int, end: int) -> None:
+    """Clears the tiles of those of units first..end-1 that may skip rows and are the first users."""
+    for i in range(first, min(end, len(units))):
+        if units[i].clear:
+            stages.clear_slabs(z, t, units[i])

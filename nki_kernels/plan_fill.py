@@ -8,7 +8,16 @@ where.
 import numpy as np
 
 from .fold_packing import Cut, Demand
-from .plan_shape import RING_DEPTH, SLABS_PER_FOLD, PlanShape, SlabLayout, fold_order, shard_fold_number
+from .plan_shape import (
+    RING_DEPTH,
+    SLABS_PER_FOLD,
+    PlanShape,
+    SlabLayout,
+    clears_tile,
+    first_touches,
+    fold_order,
+    shard_fold_number,
+)
 
 _PARTITION = np.arange(SLABS_PER_FOLD, dtype=np.int32)[:, None]
 _CHUNK_FOLDS = 80  # at a time: their arrays stay in the first caches, and below the size that malloc maps afresh
@@ -235,14 +244,16 @@ def _check_blocks(block: np.ndarray, layout: SlabLayout) -> None:
 def _fill_first_touches(rows: np.ndarray, layout: SlabLayout, shape: PlanShape) -> None:
     """Gives the dead slabs of padding among the first unmasked folds a live row.
 
-    Skipped rows keep what the SBUF tile held, which must be finite. The kernel clears the tiles whose first user is a
-    mixed fold; full and shared folds are dead as a whole or not at all. Without a live slab anywhere the null block's
-    rows serve: the cache starts zeroed.
+    Skipped rows keep what the SBUF tile held, which must be finite, unless the kernel clears it (`clears_tile`); full
+    and shared folds are dead as a whole or not at all. Without a live slab anywhere the null block's rows serve: the
+    cache starts zeroed.
     """
     shards = shape.fold_shards(layout.num_kv_heads)
-    dead = rows[0, 0] >= layout.dead_row
-    if shards == 1 and shape.full_folds > RING_DEPTH and not dead[RING_DEPTH - 1]:  # full folds are used in order
-        return
+    dead, full = rows[0, 0] >= layout.dead_row, shape.full_folds
+    if shards == 1 and full > RING_DEPTH and not (shape.shared_folds and dead[-1]):
+        # Folds of a kind are used in order, and the last unit but one has at most this number.
+        if not dead[max(RING_DEPTH, full - 1 - (full - RING_DEPTH - 2) // 4)]:
+            return
     unmasked = dead.copy()
     unmasked[shape.full_folds : shape.full_folds + shape.mixed_folds] = False
     if not unmasked.any():
@@ -252,9 +263,12 @@ def _fill_first_touches(rows: np.ndarray, layout: SlabLayout, shape: PlanShape) 
     heads = layout.num_kv_heads if shards > 1 else layout.num_kv_heads // shape.num_cores
     full, mixed, shared = (n // shards for n in (shape.full_folds, shape.mixed_folds, shape.shared_folds))
     order = fold_order(full, mixed, shared)
+    units = heads * len(order)
     for core in range(shape.num_cores):
-        for unit in range(min(RING_DEPTH, heads * len(order))):
+        for unit in first_touches(units):
             head, place = divmod(unit, len(order))
+            if clears_tile(unit, order[place], full, mixed):
+                continue
             head += 0 if shards > 1 else core * heads
             fold = shard_fold_number(order[place], core, full, mixed, shared, shards)
             if unmasked[fold]:

@@ -12,7 +12,7 @@ from functools import cached_property
 from .hardware import NUM_PARTITIONS
 
 SLABS_PER_FOLD = NUM_PARTITIONS
-RING_DEPTH = 6  # slab tiles in flight in the kernel
+RING_DEPTH = 5  # slab tiles in flight in the kernel
 MAX_SLAB_BYTES = 16 * 1024  # per partition and tile: large enough for the DMA rate, small enough for RING_DEPTH tiles
 MAX_SLAB_BYTES_V2 = 8 * 1024  # NeuronCore-v2: less SBUF, and cheaper descriptors
 MAX_INDEX = 1 << 24  # row ids pass through fp32 on some paths: exact below this
@@ -164,24 +164,65 @@ def slab_tokens_of(block_size: int, head_dim: int, itemsize: int, version: int) 
     return tokens
 
 
+def split_units_of(slab_tokens: int, head_dim: int, itemsize: int, version: int) -> int:
+    """Last units of a call whose keys and values the kernel gathers apart, where a slab is a whole block.
+
+    Two where their descriptors cost less than their data takes (modelled): keys of both, then values of both, so that
+    at the end of the call only values are waited for.
+    """
+    small = 2 * slab_tokens * head_dim * itemsize < MAX_SLAB_BYTES
+    return 1 if version > 2 and small else 2
+
+
+def first_touches(units: int) -> list[int]:
+    """Of a core's so many units those that may be the first to use their tile: the first ring, and the last two, which
+    may have tiles of their own."""
+    found = []
+    for number in range(min(RING_DEPTH, units)):
+        found.append(number)
+    for number in range(max(RING_DEPTH, units - 2), units):
+        found.append(number)
+    return found
+
+
+def clears_tile(number: int, fold: int, full_folds: int, mixed_folds: int) -> bool:
+    """Whether the kernel clears the tile of a unit of `first_touches`, so that the gather may skip rows: if the fold is
+    mixed, or the full fold that is empty most often. To others the planner gives live rows."""
+    mixed = full_folds <= fold and fold < full_folds + mixed_folds
+    return mixed or (fold == full_folds - 1 and number > 0)
+
+
+def _spread(first: int, count: int, highest_at: int) -> list[int]:
+    """Numbers first.., ascending, but for every fourth place, from `highest_at` on, which takes the highest left."""
+    order, low, high = [], first, first + count - 1
+    for place in range(count):
+        if place % 4 == highest_at:
+            order.append(high)
+            high = high - 1
+        else:
+            order.append(low)
+            low = low + 1
+    return order
+
+
 def fold_order(full_folds: int, mixed_folds: int, shared_folds: int = 0) -> list[int]:
     """Order in which the kernel visits the folds of a head, which are numbered full, mixed, shared.
 
     Mixed folds, then shared ones, come after the first ring of full ones, whose tiles they can use without clearing
-    them; with fewer full folds after the first one, while the kernel waits for data anyway. A full fold comes last: its
-    softmax is shorter.
+    them; with fewer full folds first, so that their long softmax runs while others' data arrives. A full fold comes
+    last: its softmax is shorter. Padding leaves the highest numbers of a kind empty: they cost no data, so they come
+    first or between others, whose data arrives meanwhile, and never last.
     """
-    lead = RING_DEPTH
+    between = _spread(full_folds, mixed_folds, 0) + _spread(full_folds + mixed_folds, shared_folds, 1)
+    if full_folds == 0:
+        return between
     if full_folds <= RING_DEPTH:
-        lead = 0
-    order = []
-    for fold in range(lead):
+        return between + _spread(1, full_folds - 1, 0) + [0]
+    order = [0]
+    for fold in range(2, RING_DEPTH + 1):
         order.append(fold)
-    for fold in range(mixed_folds + shared_folds):
-        order.append(full_folds + fold)
-    for fold in range(lead, full_folds):
-        order.append(fold)
-    return order
+    first = RING_DEPTH + 1
+    return order + between + _spread(first, full_folds - first, 3) + [1]
 
 
 def shard_fold_number(

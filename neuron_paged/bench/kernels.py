@@ -156,7 +156,11 @@ def _decode_rows(target: str, progress: bool) -> Iterator[Row]:
 
 
 def _ragged_rows(targets: tuple[str, ...], peer: list[PeerRun] | None, progress: bool) -> Iterator[Row]:
-    """A batch of very different lengths: what padding costs, against reading the whole bucket, tiny batches."""
+    """A batch of very different lengths: what padding costs, against reading the whole bucket, tiny batches.
+
+    The next bucket has twice the rows and one more fold of each kind: rungs of `PlanShape.padded`, which are powers of
+    two for rows and, up to 8, every number of folds.
+    """
     bucket_bytes = len(RAGGED_TOKENS) * max(RAGGED_TOKENS) * 2 * HEAD_DIM * 2
     for target in targets:
         _tell(progress, f"the ragged batch on {target}")
@@ -172,7 +176,14 @@ def _ragged_rows(targets: tuple[str, ...], peer: list[PeerRun] | None, progress:
             size = f"{shape.num_folds} / {exact.shape.num_folds} folds"
             row = Row(f"ragged batch, block {block}: next bucket, {size}", target, "x time", goal=1.25, at_most=True)
             empty = shape.num_folds - exact.shape.num_folds
-            row = replace(row, bound=f"{empty} of {shape.num_folds} folds are padding; {_bound(padded.report)}")
+            more, less = padded.report.timeline.busy_ns, exact.report.timeline.busy_ns
+            busy = ", ".join(f"{lane} {(more[lane] - less[lane]) / empty / 1e3:.1f}" for lane in less if lane != "dma")
+            row = replace(
+                row,
+                bound=f"{empty} of {shape.num_folds} folds are padding: no data, but on average {busy} us each of the "
+                f"engines' time, which only fewer folds in the bucket or in the ladder's step would save; "
+                f"{_bound(padded.report)}",
+            )
             yield _timed(row, lambda a, b: b / a, exact, padded)
         yield Row(
             "ragged batch: DMA bytes / live KV bytes", target, "x bytes", exact.dma_overhead, goal=1.05, at_most=True

@@ -12,10 +12,11 @@ from nki_kernels.decode_planner import DecodePlanner
 from nki_kernels.decode_support import DecodeProblem
 from nki_kernels.plan import PlanOverflowError, plan_decode, smallest_shape
 from nki_kernels.plan_shape import (
-    RING_DEPTH,
     SLABS_PER_FOLD,
     PlanShape,
     SlabLayout,
+    clears_tile,
+    first_touches,
     fold_order,
     shard_fold_number,
     slab_tokens_of,
@@ -100,7 +101,7 @@ def test_every_live_slab_is_covered_exactly_once(batch, padded):
 @settings(max_examples=40, deadline=None)
 @given(batches())
 def test_dead_slabs_are_skipped_or_hold_a_live_row(batch):
-    """Dead slabs lie past the cache, except where a padded full fold is the first user of a tile."""
+    """Dead slabs lie past the cache, except where a padded full fold is the first user of a tile not cleared."""
     lens, layout_args, q_len, _, seed, cores = batch
     layout = SlabLayout(num_blocks=sum(-(-n // layout_args["block_size"]) for n in lens) + 5, **layout_args)
     table, lens = make_batch(lens, layout, np.random.default_rng(seed))
@@ -113,14 +114,15 @@ def test_dead_slabs_are_skipped_or_hold_a_live_row(batch):
     assert (rows[:, :, shape.full_folds :][dead_mixed] >= layout.dead_row).all()
     shards = shape.fold_shards(heads)
     own = heads if shards > 1 else heads // cores
-    order = fold_order(shape.full_folds // shards, shape.mixed_folds // shards)
+    full, mixed = shape.full_folds // shards, shape.mixed_folds // shards
+    order = fold_order(full, mixed)
     first_users = set()
     for core in range(cores):
-        for unit in range(min(RING_DEPTH, own * len(order))):
+        for unit in first_touches(own * len(order)):
             head, place = divmod(unit, len(order))
-            share = (shape.full_folds // shards, shape.mixed_folds // shards, 0, shards)
-            fold = shard_fold_number(order[place], core, *share)
-            first_users.add((head + (0 if shards > 1 else core * own), fold))
+            fold = shard_fold_number(order[place], core, full, mixed, 0, shards)
+            if not clears_tile(unit, order[place], full, mixed):
+                first_users.add((head + (0 if shards > 1 else core * own), fold))
     for head in range(heads):
         for fold in range(shape.full_folds):
             if plan.pair_seq[0, fold] < 0:
