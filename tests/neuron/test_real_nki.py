@@ -29,7 +29,7 @@ SETTINGS = {"softmax_scale": 0.1, "sliding_window": 0, "logits_soft_cap": 0.0}
 
 
 def kernel_calls(target: str, num_cores: int, num_kv_heads: int, head_dim: int, dtype: str) -> list[KernelCall]:
-    """Of a decode step of four sequences, and of a chunk of 256 tokens, which writes runs."""
+    """Of a decode step of four sequences, of a chunk of 256 tokens, which writes runs, and of copied blocks."""
     config = ModelConfig(
         architecture="LlamaForCausalLM", num_layers=1, hidden_size=64, intermediate_size=64, num_heads=HEADS,
         num_kv_heads=num_kv_heads, head_dim=head_dim, vocab_size=9, max_position_embeddings=MAX_LEN, rms_norm_eps=1e-5,
@@ -38,7 +38,8 @@ def kernel_calls(target: str, num_cores: int, num_kv_heads: int, head_dim: int, 
     )  # fmt: skip
     model = GraphModel(config, dtype, MAX_LEN, BLOCK_SIZE, NUM_BLOCKS, dtype, target=target, num_cores=num_cores)
     cache = TensorSpec("kv_cache", (NUM_BLOCKS, num_kv_heads, 2, BLOCK_SIZE, head_dim), dtype)
-    calls = []
+    pairs = TensorSpec("block_mapping", (16, 2), "int32")
+    calls = [KernelCall("copy_blocks", (cache, pairs), (cache,), (), ((0, 0),))]
     for bucket, tokens, name in ((DecodeBucket(4, 2, 2, 2), 4, "decode"), (PrefillBucket(256, 1), 256, "prefill")):
         check_kernel(model, bucket)
         query = TensorSpec("query", (tokens, HEADS, head_dim), dtype)
