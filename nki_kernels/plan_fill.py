@@ -252,7 +252,7 @@ def _fill_first_touches(rows: np.ndarray, layout: SlabLayout, shape: PlanShape) 
     dead, full = rows[0, 0] >= layout.dead_row, shape.full_folds
     if shards == 1 and full > RING_DEPTH and not (shape.shared_folds and dead[-1]):
         # Folds of a kind are used in order, and the last unit but one has at most this number.
-        if not dead[max(RING_DEPTH, full - 1 - (full - RING_DEPTH - 2) // 4)]:
+        if not dead[full - 1 - max(full - RING_DEPTH - 2, 0) // 4]:
             return
     unmasked = dead.copy()
     unmasked[shape.full_folds : shape.full_folds + shape.mixed_folds] = False
