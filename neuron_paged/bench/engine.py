@@ -5,7 +5,6 @@ import time
 from typing import Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from neuron_paged.bench.recording import RecordingExecutor
 from neuron_paged.config import CacheConfig, EngineConfig, SchedulerConfig
@@ -13,6 +12,7 @@ from neuron_paged.engine.batch import Batch
 from neuron_paged.engine.executor import Executor, StepResult
 from neuron_paged.engine.llm_engine import LLMEngine
 from neuron_paged.engine.sampling import RequestOutputKind, SamplingParams
+from neuron_paged.progress import each
 
 ModelDtype = Literal["auto", "fp32", "bf16", "fp16"]
 _PROMPT_LEN = 64
@@ -91,7 +91,7 @@ def run_engine(*, num_seqs: list[int], num_steps: int, block_size: int, progress
     """Host time per step for each number of running sequences, and the line through the points, JSON-ready."""
     rows = [
         decode_steps(NullExecutor(), count, num_steps, block_size, vocab_size=1000)
-        for count in tqdm(num_seqs, desc="sequences", disable=not progress)
+        for count in each(num_seqs, "Numbers of sequences", "run", enabled=progress)
     ]
     fit = None
     if len(rows) > 1:

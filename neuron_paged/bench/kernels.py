@@ -7,7 +7,6 @@ times are measured (`plan_time`).
 """
 
 import math
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +31,7 @@ PEER_BLOCK_SIZES = (16, 32)
 SWDGE_NS = (13.0, 26.5)  # per descriptor: the two published values
 
 HBM = "of HBM peak"
+Tell = Callable[[str], None]  # is told what is being modelled
 
 
 @dataclass(frozen=True)
@@ -65,22 +65,20 @@ class Row:
         }
 
 
-def run_kernels(peer: list[PeerRun] | None, quick: bool, progress: bool) -> dict[str, Any]:
+def run_kernels(peer: list[PeerRun] | None, quick: bool, tell: Tell) -> dict[str, Any]:
     """Every row. peer: see `run_peer`; quick: trn2 only and no prefill."""
     targets = (PEER_TARGET,) if quick else tuple(BLOCK_SIZES)
-    try:
-        rows = [row for target in targets for row in _decode_rows(target, progress)]
-        rows += _ragged_rows(targets, peer, progress)
-        rows += [row for target in targets for row in _shared_rows(target, progress)]
-        if not quick:
-            rows += [row for target in targets for row in _write_rows(target)]
-            rows += [_prefill_row(target, progress) for target in targets]
-        steps = []
-        for case in step_cases(targets if quick else (*targets, "inf2")):
-            _tell(progress, f"{case.model.name} on {case.target}, TP {case.tensor_parallel}")
-            steps.append(estimate_step(case))
-    finally:
-        _tell(progress, "")
+    rows = [row for target in targets for row in _decode_rows(target, tell)]
+    rows += _ragged_rows(targets, peer, tell)
+    rows += [row for target in targets for row in _shared_rows(target, tell)]
+    if not quick:
+        rows += [row for target in targets for row in _write_rows(target)]
+        rows += [_prefill_row(target, tell) for target in targets]
+    steps = []
+    for case in step_cases(targets if quick else (*targets, "inf2")):
+        tell(f"modelling {case.model.name} on {case.target}, TP {case.tensor_parallel}")
+        steps.append(estimate_step(case))
+    tell("measuring plan times")
     return {
         "quick": quick,
         "figures": [row.document() for row in rows],
@@ -90,15 +88,12 @@ def run_kernels(peer: list[PeerRun] | None, quick: bool, progress: bool) -> dict
     }
 
 
-def run_peer(source: Path, progress: bool) -> list[PeerRun]:
+def run_peer(source: Path, tell: Tell) -> list[PeerRun]:
     """AWS's attention_tkg on the ragged batch. InvalidRequestError if its result is wrong."""
     runs = []
-    try:
-        for block_size in PEER_BLOCK_SIZES:
-            _tell(progress, f"attention_tkg, block {block_size}")
-            runs.append(run_attention_tkg(source, RAGGED_TOKENS, 8, HEAD_DIM, block_size, PEER_TARGET))
-    finally:
-        _tell(progress, "")
+    for block_size in PEER_BLOCK_SIZES:
+        tell(f"modelling attention_tkg, block {block_size}")
+        runs.append(run_attention_tkg(source, RAGGED_TOKENS, 8, HEAD_DIM, block_size, PEER_TARGET))
     worst = max(run.relative_error for run in runs)
     if not worst <= MAX_ERROR:
         raise InvalidRequestError(
@@ -106,12 +101,6 @@ def run_peer(source: Path, progress: bool) -> list[PeerRun]:
             "this version of the library can't be compared."
         )
     return runs
-
-
-def _tell(progress: bool, text: str) -> None:
-    """Shows on the terminal what is being modelled; an empty text clears the line."""
-    if progress:
-        print(f"\r\x1b[K{text and f'modelling {text}'}", end="", file=sys.stderr, flush=True)
 
 
 # ---- decode ---------------------------------------------------------------------------------------------------------
@@ -134,11 +123,11 @@ def _hbm_fraction(target: str, num_bytes: int, time_us: float) -> float:
     return num_bytes / (time_us * 1e3) / generation(target).hbm_bandwidth.value
 
 
-def _decode_rows(target: str, progress: bool) -> Iterator[Row]:
+def _decode_rows(target: str, tell: Tell) -> Iterator[Row]:
     """Long equal sequences: without fixed cost (extra bytes over extra time of twice the length), and whole calls."""
     block = BLOCK_SIZES[target]
     for group in (8, 32):
-        _tell(progress, f"decode on {target}, {group} columns")
+        tell(f"modelling decode on {target}, {group} columns")
         short, long = (_decode(target, (length,) * 8, group) for length in (8192, 16384))
         extra = long.live_bytes - short.live_bytes
         goal = STEADY_GOALS.get((target, group))
@@ -155,7 +144,7 @@ def _decode_rows(target: str, progress: bool) -> Iterator[Row]:
                     yield Row(f"  block {size}, {cost} ns per SWDGE descriptor", target, HBM, value)
 
 
-def _ragged_rows(targets: tuple[str, ...], peer: list[PeerRun] | None, progress: bool) -> Iterator[Row]:
+def _ragged_rows(targets: tuple[str, ...], peer: list[PeerRun] | None, tell: Tell) -> Iterator[Row]:
     """A batch of very different lengths: what padding costs, against reading the whole bucket, tiny batches.
 
     The next bucket has twice the rows and one more fold of each kind: rungs of `PlanShape.padded`, which are powers of
@@ -163,7 +152,7 @@ def _ragged_rows(targets: tuple[str, ...], peer: list[PeerRun] | None, progress:
     """
     bucket_bytes = len(RAGGED_TOKENS) * max(RAGGED_TOKENS) * 2 * HEAD_DIM * 2
     for target in targets:
-        _tell(progress, f"the ragged batch on {target}")
+        tell(f"modelling the ragged batch on {target}")
         for block in sorted({16, BLOCK_SIZES[target]}):
             exact = _decode(target, RAGGED_TOKENS, 8, block_size=block)
             shape = replace(
@@ -204,9 +193,9 @@ def _bound(report: Report) -> str:
     return f"busy: {busy} of {line.total_ns / 1e3:.1f} us; its bytes alone take {bytes_us:.1f} us at the DMA limit"
 
 
-def _shared_rows(target: str, progress: bool) -> Iterator[Row]:
+def _shared_rows(target: str, tell: Tell) -> Iterator[Row]:
     """Eight sequences with a common prefix of 4096 tokens and as many of their own: read once against eight times."""
-    _tell(progress, f"a shared prefix on {target}")
+    tell(f"modelling a shared prefix on {target}")
     once, each = (_decode(target, (8192,) * 8, 8, shared_prefix_tokens=4096, share=share) for share in (True, False))
     case = "8 x 8192 tokens, the first 4096 shared: read 8 times / once"
     yield Row(case, target, "x bytes", each.dma_bytes / once.dma_bytes)
@@ -259,8 +248,8 @@ def _write_rows(target: str) -> Iterator[Row]:
 # ---- prefill --------------------------------------------------------------------------------------------------------
 
 
-def _prefill_row(target: str, progress: bool) -> Row:
-    _tell(progress, f"prefill of 2048 tokens over 8192 on {target} (half a minute)")
+def _prefill_row(target: str, tell: Tell) -> Row:
+    tell(f"modelling prefill of 2048 tokens over 8192 on {target} (half a minute)")
     call = estimate_prefill((2048,), (8192,), num_heads=4, num_kv_heads=1, head_dim=HEAD_DIM, target=target)
     value = call.fraction_of_tensor_peak
     return Row(

@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from neuron_paged.bench.workload import LengthDistribution, draw_lengths
 from neuron_paged.config import CacheConfig, SchedulerConfig
 from neuron_paged.engine.scheduler import Scheduler
 from neuron_paged.engine.sequence import Sequence, SequenceStatus
 from neuron_paged.errors import InvalidRequestError
+from neuron_paged.progress import counted
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def run_kv_utilisation(
     config = SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_model_len)
     prompts, outputs = draw_lengths(distribution, num_requests, max_model_len, seed)
     results = []
-    with tqdm(total=len(block_sizes) + len(RESERVATIONS), desc=distribution.name, disable=not progress) as bar:
+    with counted(distribution.name, len(block_sizes) + len(RESERVATIONS), "run", enabled=progress) as bar:
         for block_size in block_sizes:
             pairs = list(simulate_paged(prompts, outputs, num_slots, block_size, config))
             steps, preempted = [step for step, _ in pairs], sum(count for _, count in pairs)

@@ -5,7 +5,6 @@ import time
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from neuron_paged.bench.recording import run_workload
 from neuron_paged.bench.workload import Workload, WorkloadRequest, corpus_tokens, percentiles
@@ -13,6 +12,7 @@ from neuron_paged.engine.llm import LLM
 from neuron_paged.engine.model_runner import ModelRunner
 from neuron_paged.errors import InvalidRequestError
 from neuron_paged.models.prepare_cpu import PackedLinear
+from neuron_paged.progress import each
 
 
 def run_latency(
@@ -34,7 +34,7 @@ def run_latency(
 
     run_workload(llm.engine, workload(1, 4))
     rows = []
-    for batch_size in tqdm(batch_sizes, desc="batch sizes", disable=not progress):
+    for batch_size in each(batch_sizes, "Batch sizes", "run", enabled=progress):
         run = run_workload(llm.engine, workload(batch_size, output_len))
         first = max(times[0] for times in run.token_times_s)
         last = max(times[-1] for times in run.token_times_s)

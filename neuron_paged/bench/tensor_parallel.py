@@ -12,7 +12,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from neuron_paged.engine.llm import LLM
 from neuron_paged.engine.parallel_runner import ParallelRunner
@@ -21,6 +20,7 @@ from neuron_paged.models.collectives import RankGroup
 from neuron_paged.models.llama import LlamaModel
 from neuron_paged.models.registry import normalise_config
 from neuron_paged.models.tensor_parallel import RowParallelLinear, VocabParallelEmbedding, VocabParallelHead
+from neuron_paged.progress import each
 
 # SmolLM2-135M with 8 heads and 4 KV heads instead of 9 and 3.
 _SIZES: dict[str, Any] = {
@@ -64,7 +64,7 @@ def run_tensor_parallel(*, num_ranks: int, batch_sizes: list[int], num_steps: in
     assert isinstance(runner, ParallelRunner)
     _time_collectives(runner)
     rows = []
-    for batch_size in tqdm(batch_sizes, desc="batch sizes", disable=not progress):
+    for batch_size in each(batch_sizes, "Batch sizes", "run", enabled=progress):
         alone, shared, collectives = [], [], []
         for _ in range(3):
             alone.append(_decode_step_s(one, batch_size, num_steps))

@@ -10,7 +10,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from neuron_paged.bench.compare import PEERS, Peer, PeerSpec
 from neuron_paged.bench.floor import best_flops_per_second, gemm_seconds, workload_flops
@@ -21,6 +20,7 @@ from neuron_paged.bench.workload import Workload
 from neuron_paged.engine.llm import LLM
 from neuron_paged.engine.model_runner import ModelRunner
 from neuron_paged.models.loader import resolve
+from neuron_paged.progress import counted
 
 OURS = "neuron-paged"
 _PROFILED_STEPS = 40
@@ -46,7 +46,7 @@ def run_throughput(llm: LLM, model: str, plan: ThroughputPlan) -> dict[str, Any]
         peers = [stack.enter_context(_start_peer(spec, llm, model, plan)) for spec in plan.peers]
         _warm_up(llm, plan.workload)
         llm.engine.metrics.phase_s.update(dict.fromkeys(llm.engine.metrics.phase_s, 0.0))
-        bar = stack.enter_context(tqdm(total=plan.repeats * (1 + len(peers)), desc="runs", disable=not plan.progress))
+        bar = stack.enter_context(counted("Runs", plan.repeats * (1 + len(peers)), "run", enabled=plan.progress))
         for _ in range(plan.repeats):
             run = run_workload(llm.engine, plan.workload)
             ours.append(run)

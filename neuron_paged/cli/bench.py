@@ -2,7 +2,6 @@
 """Benchmarks. Each prints a table, says what was measured and what is modelled, and writes --json FILE on request."""
 
 import argparse
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +26,7 @@ from neuron_paged.cli.early_checks import check_model
 from neuron_paged.cli.output import STDOUT, check_json_target, write_json
 from neuron_paged.env import silence_profiler_log
 from neuron_paged.errors import InvalidRequestError, NeuronPagedError
+from neuron_paged.progress import told
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         "buckets": (_buckets, buckets_report),
     }
     measure, describe = runners[args.benchmark]
-    results = measure(args, sys.stderr.isatty())
+    results = measure(args)
     if args.json != STDOUT:
         print(describe(results))
     write_json(args.json, results)
@@ -139,7 +139,7 @@ def _add_buckets(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workload-seed", type=int, default=0, metavar="SEED")
 
 
-def _throughput(args: argparse.Namespace, progress: bool) -> dict[str, Any]:
+def _throughput(args: argparse.Namespace) -> dict[str, Any]:
     from neuron_paged.bench.compare import PeerSpec
 
     peers = [PeerSpec.parse(text) for text in args.compare]
@@ -153,7 +153,7 @@ def _throughput(args: argparse.Namespace, progress: bool) -> dict[str, Any]:
     # Prompts may share text and are run again in every turn: hits would not be work done.
     settings = {"enable_prefix_caching": False, **engine_settings(args)}
     settings.setdefault("max_model_len", max(16, args.prompt_len[1] + args.output_len[1]))
-    llm = LLM(args.model, dtype=args.dtype, weight_dtype=args.weight_dtype, progress=progress, **settings)
+    llm = LLM(args.model, dtype=args.dtype, weight_dtype=args.weight_dtype, progress=True, **settings)
     tokenizer = llm.get_tokenizer()
     if tokenizer is None:
         raise InvalidRequestError(f"--model: {args.model} has no tokenizer, which the workload's text needs.")
@@ -164,11 +164,11 @@ def _throughput(args: argparse.Namespace, progress: bool) -> dict[str, Any]:
         output_range=args.output_len,
         seed=args.workload_seed,
     )
-    plan = ThroughputPlan(workload, args.repeats, peers, args.peer_model, not args.no_profile, progress)
+    plan = ThroughputPlan(workload, args.repeats, peers, args.peer_model, not args.no_profile, True)
     return {"model": args.model, "num_threads": num_threads, **run_throughput(llm, args.model, plan)}
 
 
-def _latency(args: argparse.Namespace, progress: bool) -> dict[str, Any]:
+def _latency(args: argparse.Namespace) -> dict[str, Any]:
     from neuron_paged.bench.latency import run_latency
     from neuron_paged.engine.llm import LLM
 
@@ -179,27 +179,27 @@ def _latency(args: argparse.Namespace, progress: bool) -> dict[str, Any]:
         "max_model_len": args.prompt_len + args.output_len,
         **engine_settings(args),
     }
-    llm = LLM(args.model, dtype=args.dtype, weight_dtype=args.weight_dtype, progress=progress, **settings)
+    llm = LLM(args.model, dtype=args.dtype, weight_dtype=args.weight_dtype, progress=True, **settings)
     results = run_latency(
         llm,
         batch_sizes=args.batch_sizes,
         prompt_len=args.prompt_len,
         output_len=args.output_len,
-        progress=progress,
+        progress=True,
     )
     return {"model": args.model, "num_threads": num_threads, **results}
 
 
-def _tensor_parallel(args: argparse.Namespace, progress: bool) -> dict[str, Any]:
+def _tensor_parallel(args: argparse.Namespace) -> dict[str, Any]:
     from neuron_paged.bench.tensor_parallel import run_tensor_parallel
 
     set_threads(args.threads)
     return run_tensor_parallel(
-        num_ranks=args.ranks, batch_sizes=args.batch_sizes, num_steps=args.steps, progress=progress
+        num_ranks=args.ranks, batch_sizes=args.batch_sizes, num_steps=args.steps, progress=True
     )
 
 
-def _kv_utilisation(args: argparse.Namespace, progress: bool) -> dict[str, Any]:
+def _kv_utilisation(args: argparse.Namespace) -> dict[str, Any]:
     from neuron_paged.bench.kv_utilisation import StepModel, run_kv_utilisation
     from neuron_paged.bench.workload import DISTRIBUTIONS
 
@@ -216,18 +216,18 @@ def _kv_utilisation(args: argparse.Namespace, progress: bool) -> dict[str, Any]:
                 max_model_len=args.max_model_len,
                 seed=args.workload_seed,
                 step_model=StepModel(),
-                progress=progress,
+                progress=True,
             )
             for name in names
         ]
     }
 
 
-def _engine(args: argparse.Namespace, progress: bool) -> dict[str, Any]:
+def _engine(args: argparse.Namespace) -> dict[str, Any]:
     from neuron_paged.bench.engine import real_step, run_engine
 
     results = run_engine(
-        num_seqs=sorted(set(args.num_seqs)), num_steps=args.steps, block_size=args.block_size, progress=progress
+        num_seqs=sorted(set(args.num_seqs)), num_steps=args.steps, block_size=args.block_size, progress=True
     )
     results["model_step"] = None
     if not args.no_model:
@@ -237,7 +237,7 @@ def _engine(args: argparse.Namespace, progress: bool) -> dict[str, Any]:
     return results
 
 
-def _kernels(args: argparse.Namespace, progress: bool) -> dict[str, Any]:
+def _kernels(args: argparse.Namespace) -> dict[str, Any]:
     need_package("ml_dtypes", "the NKI simulator")
     from neuron_paged.bench.kernels import run_kernels, run_peer
     from neuron_paged.bench.nki_library import library_source
@@ -250,12 +250,14 @@ def _kernels(args: argparse.Namespace, progress: bool) -> dict[str, Any]:
             raise InvalidRequestError(f"--peer: got {args.peer!r}, need nki-library=PATH, the path of a clone.")
         source = library_source(path)
         try:
-            peer = run_peer(source, progress)
+            with told() as tell:
+                peer = run_peer(source, tell)
         except NeuronPagedError:
             raise
         except Exception as error:  # whatever a version of the library does that we don't know
             raise InvalidRequestError(f"--peer: attention_tkg failed: {describe_failure(error)}") from error
-    return run_kernels(peer, args.quick, progress)
+    with told() as tell:
+        return run_kernels(peer, args.quick, tell)
 
 
 def int_range(text: str) -> tuple[int, int]:
@@ -270,8 +272,11 @@ def int_range(text: str) -> tuple[int, int]:
     return bounds
 
 
-def _buckets(args: argparse.Namespace, progress: bool) -> dict[str, Any]:
+def _buckets(args: argparse.Namespace) -> dict[str, Any]:
     need_package("ml_dtypes", "the NKI simulator")
     from neuron_paged.bench.buckets import run_buckets
 
-    return run_buckets(num_requests=args.num_requests, max_num_seqs=args.max_num_seqs, seed=args.workload_seed)
+    with told() as tell:
+        return run_buckets(
+            num_requests=args.num_requests, max_num_seqs=args.max_num_seqs, seed=args.workload_seed, tell=tell
+        )

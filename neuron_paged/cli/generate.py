@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     from neuron_paged.engine.llm import LLM
 
     num_threads = set_threads(args.threads)
-    progress = sys.stderr.isatty() and not args.quiet
+    progress = not args.quiet
     settings = {**engine_settings(args), **graph_settings(args)}
     llm = LLM(args.model, dtype=args.dtype, weight_dtype=args.weight_dtype, progress=progress, **settings)
     rendered = [_render(llm, prompt, args) for prompt in prompts]

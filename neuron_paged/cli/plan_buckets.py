@@ -7,7 +7,6 @@ It is replayed through the engine's scheduler; times are modelled (simulated ker
 """
 
 import argparse
-import sys
 from typing import Any
 
 from neuron_paged.cli.arguments import need_package, positive_int
@@ -16,6 +15,7 @@ from neuron_paged.cli.early_checks import check_model
 from neuron_paged.cli.output import STDOUT, check_file_target, check_json_target, write_file, write_json
 from neuron_paged.errors import ConfigError, InvalidRequestError
 from neuron_paged.memory import size_text
+from neuron_paged.progress import told
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,9 +84,13 @@ def run(args: argparse.Namespace) -> int:
     num_blocks = memory.num_blocks(args.max_num_seqs, setup.max_model_len)
     config = SchedulerConfig(args.max_num_seqs, args.max_num_batched_tokens, setup.max_model_len)
     check_lengths(trace, config, args.block_size, num_blocks)
-    cost = step_cost(rank, _teller(sys.stderr.isatty()))
-    plan = plan_buckets(replay_traffic(trace, config, memory, cost), memory, cost, args.max_graphs, args.tables)
-    document = plan.document()
+    with told() as tell:
+        cost = step_cost(rank, tell)
+        tell(f"replaying {len(trace)} requests")
+        traffic = replay_traffic(trace, config, memory, cost)
+        tell(f"choosing at most {args.max_graphs} buckets for {len(traffic.replay.steps)} steps")
+        plan = plan_buckets(traffic, memory, cost, args.max_graphs, args.tables)
+        document = plan.document()
     if args.json != STDOUT:
         print(plan_report(setup.describe(), rank, document, plan))
     if args.json is not None:
@@ -197,11 +201,3 @@ def _gibibytes(text: str) -> int:
     if not 0.01 <= value <= 4096:
         raise argparse.ArgumentTypeError(f"got {text!r}, need GiB, such as 16")
     return int(value * 2**30)
-
-
-def _teller(show: bool) -> Any:
-    def tell(text: str) -> None:
-        if show:
-            print(f"\r\x1b[K{text and f'modelling {text}'}", end="", file=sys.stderr, flush=True)
-
-    return tell

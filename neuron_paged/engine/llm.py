@@ -4,6 +4,7 @@
 import itertools
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
@@ -20,6 +21,7 @@ from neuron_paged.engine.rank_messages import LOADED
 from neuron_paged.engine.sampling import RequestOutputKind, SamplingParams
 from neuron_paged.errors import ConfigError, InvalidRequestError, StepError
 from neuron_paged.memory import available_memory_bytes
+from neuron_paged.progress import counted, told
 
 _CACHE_SETTINGS = {f.name for f in fields(CacheConfig)}
 _SCHEDULER_SETTINGS = {f.name for f in fields(SchedulerConfig)}
@@ -105,7 +107,9 @@ class LLM:
                 tensor_parallel_size=tensor_parallel_size,
                 start_ranks=ranks.start,
             )
-            ranks.wait_for(LOADED)  # what their weights take is no longer free then
+            with told(enabled=progress and tensor_parallel_size > 1) as tell:
+                tell(f"loading {tensor_parallel_size} ranks")
+                ranks.wait_for(LOADED)  # what their weights take is no longer free then
             scheduler_config = SchedulerConfig(**(scheduler | {"max_model_len": loaded.max_model_len}))
             cache_config = CacheConfig(**cache)
             all_ranks_block_bytes = tensor_parallel_size * block_bytes(loaded.model, cache_config)
@@ -158,10 +162,13 @@ class LLM:
         """
         finished: dict[str, RequestOutput] = {}
         with self._requests(prompts, sampling_params, RequestOutputKind.FINAL_ONLY, priority) as (request_ids, outbox):
-            with _progress_bar(len(request_ids), use_tqdm) as bar:
+            start, num_tokens = time.monotonic(), 0
+            with counted("Requests", len(request_ids), "request", enabled=use_tqdm) as counter:
                 for output in self._outputs(outbox):
                     finished[output.request_id] = output
-                    bar.add(output)
+                    num_tokens += sum(len(completion.token_ids) for completion in output.outputs)
+                    counter.note(f"{num_tokens / (time.monotonic() - start):.1f} output tokens/s")
+                    counter.update()
         return [finished[request_id] for request_id in request_ids]
 
     def stream(
@@ -294,32 +301,6 @@ def _note_if_slow(message: str, enabled: bool) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-
-
-class _progress_bar:
-    """tqdm over finished requests with tokens per second, or nothing."""
-
-    def __init__(self, total: int, enabled: bool) -> None:
-        self._bar = None
-        self._num_tokens = 0
-        if enabled:
-            from tqdm.auto import tqdm
-
-            self._bar = tqdm(total=total, desc="Requests", unit="request", dynamic_ncols=True)
-
-    def __enter__(self) -> "_progress_bar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def add(self, output: RequestOutput) -> None:
-        if self._bar is not None:
-            self._num_tokens += sum(len(completion.token_ids) for completion in output.outputs)
-            elapsed = self._bar.format_dict["elapsed"] or 1e-9
-            self._bar.set_postfix_str(f"{self._num_tokens / elapsed:.1f} output tokens/s", refresh=False)
-            self._bar.update()
 
 
 def split_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

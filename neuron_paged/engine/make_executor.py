@@ -3,7 +3,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from neuron_paged.config import EngineConfig, GraphConfig
 from neuron_paged.env import cache_dir
 from neuron_paged.errors import ConfigError, GraphError
 from neuron_paged.neuron_machine import compiler_problems, neuron_machine
+from neuron_paged.progress import Counter, counted
 
 if TYPE_CHECKING:
     from neuron_paged.engine.bundles import ChosenBundle
@@ -238,23 +239,19 @@ def find_graphs(
 
 @contextmanager
 def _graph_progress(enabled: bool) -> Iterator[Progress | None]:
-    """A progress bar per phase on standard error, or None."""
+    """Counts graphs per phase on standard error, or None."""
     if not enabled:
         yield None
         return
-    from tqdm.auto import tqdm
+    with ExitStack() as shown:
+        phases: dict[str, tuple[Counter, int]] = {}
 
-    bars: dict[str, Any] = {}
+        def report(phase: str, done: int, total: int) -> None:
+            if phase not in phases:
+                shown.close()
+                phases[phase] = shown.enter_context(counted(f"{phase.capitalize()} graphs", total, "graph")), 0
+            counter, before = phases[phase]
+            counter.update(done - before)
+            phases[phase] = counter, done
 
-    def report(phase: str, done: int, total: int) -> None:
-        if phase not in bars:
-            for bar in bars.values():
-                bar.close()
-            bars[phase] = tqdm(total=total, desc=f"{phase.capitalize()} graphs", unit="graph", file=sys.stderr)
-        bars[phase].update(done - bars[phase].n)
-
-    try:
         yield report
-    finally:
-        for bar in bars.values():
-            bar.close()

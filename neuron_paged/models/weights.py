@@ -16,6 +16,7 @@ from torch import Tensor
 
 from neuron_paged.errors import CheckpointError, ConfigError, UnsupportedModelError
 from neuron_paged.models.llama import LlamaModel, WeightSlot
+from neuron_paged.progress import each
 
 TensorPart = tuple[slice, ...]
 _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -137,13 +138,11 @@ def load_weights(
     all of them whole, whose names and shapes are then checked here.
     Raises CheckpointError before anything is read if names or shapes don't fit, or while reading a damaged file.
     """
-    from tqdm import tqdm
-
     slots = model.checkpoint_slots()
     if parts is None:
         check_names(source, slots, model.is_ignorable)
     parameters = dict(model.named_parameters())
-    for name, slot in tqdm(slots.items(), desc="Loading weights", unit="tensor", disable=not progress, leave=False):
+    for name, slot in each(slots.items(), "Loading weights", "tensor", enabled=progress):
         parameter = parameters[slot.parameter]
         rows = parameter.data[slot.start : slot.start + slot.shape[0]]
         if parts is None:

@@ -202,14 +202,17 @@ def step_cost(rank: Rank, tell: Callable[[str], None] = lambda text: None) -> St
         for points in (((1, 1), (2, 1), (4, 1), (1, 3), (3, 3)), ((3, 1), (2, 2)))
     )
     store = _Store(rank)
+    total, done = len(decode) + len(checks) + len(prefill) + len(prefill_checks), list[Point]()
 
     def run(kind: str, points: Sequence[Point], simulate: Callable[[Rank, Point], Timeline]) -> list[Timeline]:
         found = []
         for point in points:
             if (line := store.get(kind, point)) is None:
-                tell(f"the {kind} kernel on {rank.target}, shape {'x'.join(map(str, point))}")
+                shape = "x".join(map(str, point))
+                tell(f"modelling the {kind} kernel on {rank.target}, shape {shape} ({len(done) + 1} of {total} calls)")
                 line = store.put(kind, simulate(rank, point))
             found.append(line)
+            done.append(point)
         return found
 
     try:

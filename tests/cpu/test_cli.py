@@ -212,7 +212,7 @@ def test_unreadable_checkpoints_give_one_line(tmp_path: Path) -> None:
 
 
 def test_prompt_over_the_limit_and_too_small_a_cache_give_one_line() -> None:
-    common = ("generate", "--raw", "--prompt", "one two three four five six seven eight nine ten")
+    common = ("generate", "--quiet", "--raw", "--prompt", "one two three four five six seven eight nine ten")
     assert_bad_input(run_cli(*common, "--max-model-len", "8"), "prompt", "10 tokens", "max_model_len")
     assert_bad_input(run_cli(*common, "--num-blocks", "2", "--block-size", "8"), "num_blocks")
 
