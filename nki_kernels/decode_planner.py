@@ -5,6 +5,8 @@ Such a plan is the one before it with longer masks, and a slab more for every co
 in place; `plan.plan_decode` makes the plans from scratch.
 """
 
+from dataclasses import replace
+
 import numpy as np
 
 from .plan import DecodePlan, plan_decode
@@ -19,7 +21,8 @@ class DecodePlanner:
     """Plans of one layout and shape, one query token per sequence.
 
     A plan is valid until the next one is asked for, which may be made in the same table. Every plan covers its batch as
-    `plan_decode`'s does; changed ones keep slabs in mixed folds that would fill a full one.
+    `plan_decode`'s does; changed ones keep slabs in mixed folds that would fill a full one, and their `needed` counts
+    mixed folds by slabs.
     """
 
     def __init__(self, layout: SlabLayout, shape: PlanShape, *, sliding_window: int = 0) -> None:
@@ -101,6 +104,9 @@ class DecodePlanner:
         for sequence, cache_row in zip(begin.tolist(), cache_rows.tolist(), strict=True):
             if not self._add_slab(sequence, cache_row):
                 return None
+        full, mixed, shared = plan.needed
+        if len(begin) and (fewest := -(-sum(self._used) // SLABS_PER_FOLD)) > mixed:
+            self._plan = plan = replace(plan, needed=(full, fewest, shared))
         self._lens, self._grown = self._grown, self._grown + (self._grown > 0)
         self._is_current = True
         return plan

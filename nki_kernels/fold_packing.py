@@ -113,14 +113,21 @@ def demand_of(
     layout: SlabLayout,
     q_len: int,
     window: int,
+    block_table: np.ndarray | None,
+    seqs_per_shared_fold: int,
+    max_shared: int | None,
     max_full: int | None,
-    shared: SharedFolds | None = None,
 ) -> Demand:
-    """max_full: full folds of the bucket; what does not fit goes into mixed folds. None: as many as there are."""
+    """block_table: where to look for shared folds, at most max_shared; None: nowhere. With a window there are none.
+    max_full: full folds of the bucket; what does not fit goes into mixed folds. None for either: as many as there are.
+    """
     spans = spans_of(lens, layout, q_len, window)
-    if shared is not None and shared.members:
-        first = spans.first + shared.leading * SLABS_PER_FOLD
-        spans = spans._replace(first=first, full_first=first)
+    shared = None
+    if block_table is not None and max_shared != 0 and window <= 0:
+        shared = find_shared(block_table, full_folds_of(spans), layout, seqs_per_shared_fold, max_shared)
+        if shared.members:
+            first = spans.first + shared.leading * SLABS_PER_FOLD
+            spans = spans._replace(first=first, full_first=first)
     full = full_folds_of(spans)
     if max_full is not None and int(full.sum()) > max_full:
         before = np.cumsum(full) - full

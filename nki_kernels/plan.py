@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .fold_packing import Cut, Demand, cut_folds, demand_of, find_shared, full_folds_of, spans_of
+from .fold_packing import cut_folds, demand_of, spans_of
 from .plan_fill import fill_table
 from .plan_shape import SLABS_PER_FOLD, PlanShape, SlabLayout
 
@@ -34,11 +34,13 @@ class DecodePlan:
     rows [128, num_kv_heads·F]: cache row of each (partition, head·F + fold); dead slabs hold rows past the cache.
     slab_len, slab_seq [128, F2]: tokens from the slab's start to the end of its sequence (0 = dead slab), and the
     local sequence 0..S-1. pair_seq [128, J]: batch row of each pair, -1 = padding; the same in every partition.
+    needed: full, mixed and shared folds that hold the batch; the plan may use more mixed ones.
     """
 
     shape: PlanShape
     layout: SlabLayout
     table: np.ndarray
+    needed: tuple[int, int, int]
     q_len: int = 1
     sliding_window: int = 0
 
@@ -70,14 +72,6 @@ class DecodePlan:
     @property
     def pair_seq(self) -> np.ndarray:
         return self.sections()[3]
-
-    def used_folds(self) -> tuple[int, int, int]:
-        """How many full, mixed and shared folds hold a live slab."""
-        shape, pairs = self.shape, self.pair_seq[0]
-        shared = pairs[shape.full_folds + shape.mixed_folds * shape.seqs_per_mixed_fold :: shape.seqs_per_shared_fold]
-        mixed = self.slab_len[0] > 0  # the slabs of a fold are its first ones
-        full, mixed, shared = map(np.count_nonzero, (pairs[: shape.full_folds] >= 0, mixed, shared >= 0))
-        return int(full), int(mixed), int(shared)
 
     def coverage(self) -> np.ndarray:
         """The inverse of planning: every live slab as (batch row, KV head, block, slab of block, position), sorted.
@@ -154,12 +148,10 @@ def smallest_shape(
     Chooses S by a two-engine estimate of a mixed fold's time; `padded()` rounds the result to the ladder.
     """
     lens = _as_lens(context_lens, q_len)
-    shared, per_shared = None, max(1, min(max_columns // columns_per_seq, len(lens)))
-    if block_table is not None and per_shared > 1 and sliding_window <= 0:
-        full_counts = full_folds_of(spans_of(lens, layout, q_len, sliding_window))
-        shared = find_shared(np.asarray(block_table), full_counts, layout, per_shared, None)
-    demand = demand_of(lens, layout, q_len, sliding_window, None, shared)
-    num_shared = len(shared.members) if shared is not None else 0
+    per_shared = min(max_columns // columns_per_seq, len(lens))
+    table = None if block_table is None or per_shared < 2 else np.asarray(block_table)
+    demand = demand_of(lens, layout, q_len, sliding_window, table, per_shared, None, None)
+    members = demand.shared.members if demand.shared is not None else []
     full, best, best_ns = int(demand.full.sum()), PlanShape(len(lens), 0, 1, 1), float("inf")
     seqs = 1
     while seqs == 1 or (seqs * columns_per_seq <= max_columns and seqs <= len(lens)):
@@ -167,29 +159,11 @@ def smallest_shape(
         cost = max(_TENSOR_NS, _VECTOR_NS + _VECTOR_COLUMN_NS * seqs * columns_per_seq)
         if mixed * cost < best_ns:
             best_ns = mixed * cost
-            best = PlanShape(len(lens), full, mixed if full + mixed + num_shared else 1, seqs, num_cores)
+            best = PlanShape(len(lens), full, mixed if full + mixed + len(members) else 1, seqs, num_cores)
         seqs += 1
-    if shared is not None and shared.members:
-        widest = max(map(len, shared.members))
-        best = replace(best, shared_folds=num_shared, seqs_per_shared_fold=widest)
+    if members:
+        best = replace(best, shared_folds=len(members), seqs_per_shared_fold=max(map(len, members)))
     return best.even() if best.fold_shards(layout.num_kv_heads) > 1 else best
-
-
-def _demand(
-    lens: np.ndarray,
-    layout: SlabLayout,
-    shape: PlanShape,
-    q_len: int,
-    window: int,
-    block_table: np.ndarray | None,
-) -> tuple[Demand, Cut]:
-    """What the batch needs within the shape, and the cut of its leftovers."""
-    shared = None
-    if shape.shared_folds and block_table is not None and window <= 0:
-        full = full_folds_of(spans_of(lens, layout, q_len, window))
-        shared = find_shared(block_table, full, layout, shape.seqs_per_shared_fold, shape.shared_folds)
-    demand = demand_of(lens, layout, q_len, window, shape.full_folds, shared)
-    return demand, cut_folds(demand.leftover, shape.seqs_per_mixed_fold)
 
 
 def plan_decode(
@@ -236,18 +210,23 @@ def plan_decode(
     out = np.empty(size, np.int32) if out is None else out
     if out.shape != size or out.dtype != np.int32 or not out.flags.c_contiguous:
         raise ValueError(f"out: got {list(out.shape)} {out.dtype}, need {list(size)} int32, contiguous.")
-    demand, cut = _demand(lens, layout, shape, q_len, sliding_window, table)
+    demand = demand_of(
+        lens, layout, q_len, sliding_window, table, shape.seqs_per_shared_fold, shape.shared_folds, shape.full_folds
+    )
+    cut = cut_folds(demand.leftover, shape.seqs_per_mixed_fold)
+    num_shared = len(demand.shared.members) if demand.shared is not None else 0
+    needed = int(demand.full.sum()), cut.num_folds, num_shared
     if len(lens) > shape.num_seqs or cut.num_folds > shape.mixed_folds:
         raise PlanOverflowError(
-            f"shape: {len(lens)} sequences need {int(demand.full.sum())} full and {cut.num_folds} mixed folds, "
-            f"{shape} has fewer. Use the next larger bucket, or split the batch."
+            f"shape: {len(lens)} sequences need {needed[0]} full and {needed[1]} mixed folds, {shape} has fewer. Use "
+            "the next larger bucket, or split the batch."
         )
     if spread and 0 < cut.num_folds < shape.mixed_folds:
         room = -(-SLABS_PER_FOLD * cut.num_folds // shape.mixed_folds)
         wider = cut_folds(demand.leftover, shape.seqs_per_mixed_fold, room)
         cut = wider if wider.num_folds <= shape.mixed_folds else cut
     fill_table(out, table, demand, cut, layout, shape)
-    plan = DecodePlan(shape, layout, out, q_len, sliding_window)
+    plan = DecodePlan(shape, layout, out, needed, q_len, sliding_window)
     if check:
         plan.check(table, lens)
     return plan

@@ -48,7 +48,8 @@ class GraphFits:
     def __init__(self, model: GraphModel, buckets: Sequence[GraphBucket]) -> None:
         self._model = model
         self._decode: BucketGrid[DecodeBucket] | None = _grid(buckets, DecodeBucket)
-        self._planners: list[DecodeRowsPlanner] = []  # of decode rows, those used last at the end
+        self._planners: list[DecodeRowsPlanner] = []  # of the last decode rows, those used last first
+        self._spare: dict[DecodeBucket, DecodeRowsPlanner] = {}  # their memory serves for other rows
         self._prefill: BucketGrid[PrefillBucket] | None = _grid(buckets, PrefillBucket)
         self._decode_tables: BucketGrid[DecodeTableBucket] | None = _grid(buckets, DecodeTableBucket)
         self._prefill_tables: BucketGrid[PrefillTableBucket] | None = _grid(buckets, PrefillTableBucket)
@@ -79,19 +80,19 @@ class GraphFits:
         table, lens = rows.block_table, rows.context_lens
         for number, planner in enumerate(self._planners):
             if (plans := planner.advance(table, lens)) is not None:
-                self._planners.append(self._planners.pop(number))
+                self._planners.insert(0, self._planners.pop(number))
                 return Fit(planner.bucket, plans.need, self._inputs(rows, planner.bucket, plans.tables))
-        oldest = self._planners.pop(0) if len(self._planners) == _MAX_PLANNERS else None
         for bucket in self._decode or ():
             if bucket.num_seqs < rows.num_seqs:
                 continue
-            if oldest is not None and oldest.bucket == bucket:
-                planner = oldest  # its tables are written over
-            else:
-                planner = DecodeRowsPlanner(self._model, bucket)
+            planner = self._spare.pop(bucket) if bucket in self._spare else DecodeRowsPlanner(self._model, bucket)
             if (plans := planner.plan(table, lens)) is not None:
-                self._planners.append(planner)
+                self._planners.insert(0, planner)
+                if len(self._planners) > _MAX_PLANNERS:
+                    oldest = self._planners.pop()
+                    self._spare[oldest.bucket] = oldest
                 return Fit(bucket, plans.need, self._inputs(rows, bucket, plans.tables))
+            self._spare[bucket] = planner
         if self._decode_tables is None:
             return None
         need = DecodeTableBucket(rows.num_seqs, width)

@@ -149,7 +149,7 @@ def check_kernel(model: GraphModel, bucket: DecodeBucket | PrefillBucket) -> Non
 
 
 class DecodePlans(NamedTuple):
-    """need: folds that are used, the most of any window. tables: by window."""
+    """need: folds that hold the rows, the most of any window. tables: by window."""
 
     need: DecodeBucket
     tables: dict[int, Int32Array]
@@ -186,11 +186,12 @@ class DecodeRowsPlanner:
             rest = {w: p.plan(block_table, context_lens) for w, p in self._planners.items() if w not in made}
         except PlanOverflowError:
             return None
-        used = zip(*(plan.used_folds() for plan in [*made.values(), *rest.values()]), strict=True)
+        plans = made | rest
+        needed = zip(*(plan.needed for plan in plans.values()), strict=True)
         # What `even` adds to a bucket is no need of it.
-        full, mixed, shared = map(min, map(max, used), (bucket.full_folds, bucket.mixed_folds, bucket.shared_folds))
+        full, mixed, shared = map(min, map(max, needed), (bucket.full_folds, bucket.mixed_folds, bucket.shared_folds))
         need = DecodeBucket(len(context_lens), full, mixed, bucket.seqs_per_fold, shared)
-        return DecodePlans(need, {w: plan.table for w, plan in (made | rest).items()})
+        return DecodePlans(need, {w: plan.table for w, plan in plans.items()})
 
 
 def prefill_need(model: GraphModel, num_tokens: int, context_len: int) -> PrefillBucket:

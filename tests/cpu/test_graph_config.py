@@ -135,6 +135,10 @@ def test_planned_bucket_needs_what_the_kernels_plan_uses() -> None:
     plans = DecodeRowsPlanner(model, DecodeBucket(4, 8, 4, 2)).plan(table, np.array([8192, 2048, 40], np.int32))
     assert plans is not None and plans.need == DecodeBucket(3, 5, 1, 2)  # 2048 tokens of 16 per slab fill a fold
     assert plans.tables[0].shape == table_shape(model, DecodeBucket(4, 8, 4, 2))
+    # Sixteen slabs per row, spread over two mixed folds, when one would do.
+    planner, lens = DecodeRowsPlanner(model, DecodeBucket(4, 0, 4, 4)), np.full(3, 256, np.int32)
+    for plans in (planner.plan(table, lens), planner.advance(table, lens + 1)):
+        assert plans is not None and plans.need == DecodeBucket(3, 0, 1, 4)
     assert DecodeRowsPlanner(model, DecodeBucket(4, 0, 4, 2)).plan(table[:1], np.array([8192], np.int32)) is not None
     assert DecodeRowsPlanner(model, DecodeBucket(4, 0, 3, 2)).plan(table[:1], np.array([8192], np.int32)) is None
 
@@ -157,26 +161,39 @@ def test_a_bucket_with_shared_folds_takes_common_prefixes_once_and_any_other_row
 
 
 def test_parts_of_a_step_are_planned_from_those_of_the_step_before() -> None:
-    """Ten pairs of rows that take turns: eight plans change in place, the others are made anew; all are right."""
+    """Rows that no bucket holds together: the plans of eight parts change in place, those of more parts are made anew;
+    all are right."""
     model, _ = model_and_limits(4, 128, 8192, 16)
-    fits = GraphFits(model, [DecodeBucket(2, 0, 2, 2)])
-    tables = np.arange(1, 20 * 20 + 1, dtype=np.int32).reshape(10, 2, 20)
-    start, memory = np.random.default_rng(0).integers(1, 300, (10, 2)).astype(np.int32), {}
-    for parts in (range(8), range(10)):
-        for step in range(20):
-            for part in parts:
-                lens, none = start[part] + np.int32(step), np.zeros(2, np.int32)
-                rows = PackedRows(none, lens - 1, none, tables[part], lens, np.arange(3, dtype=np.int32),
-                                  np.arange(2, dtype=np.int32), SamplingArrays.greedy(2))  # fmt: skip
-                fit = fits.find(rows)
-                assert fit is not None
-                plan = fit.inputs[plan_name(0)]
-                found = decode_tables(plan, (0, 2, 2, 16), num_seqs=2, q_len=1, sliding_window=0,
-                                      kv_cache_shape=(model.num_blocks, 1, 2, 16, 8))  # fmt: skip
-                assert (found.context_lens == lens).all()
-                for seq, blocks in enumerate(-(-lens // 16)):
-                    assert (found.block_table[seq, :blocks] == tables[part, seq, :blocks]).all()
-                assert len(parts) > 8 or memory.setdefault(part, plan) is plan
+    fits = GraphFits(model, [DecodeBucket(1, 0, 1, 1), DecodeBucket(2, 0, 2, 2)])
+    table = np.arange(1, 20 * 20 + 1, dtype=np.int32).reshape(20, 20)
+    start = np.random.default_rng(0).integers(1, 280, 20).astype(np.int32)
+
+    def check(rows: PackedRows) -> list[np.ndarray]:
+        """The plans of the parts, each read back before the next is made."""
+        fit = fits.find(rows)
+        if fit is None:
+            division = fits.divide(rows)
+            assert division is not None
+            return [plan for part in division.parts for plan in check(part)]
+        assert isinstance(fit.bucket, DecodeBucket)
+        plan, num_seqs = fit.inputs[plan_name(0)], fit.bucket.num_seqs
+        found = decode_tables(plan, (0, num_seqs, num_seqs, 16), num_seqs=num_seqs, q_len=1, sliding_window=0,
+                              kv_cache_shape=(model.num_blocks, 1, 2, 16, 8))  # fmt: skip
+        assert (found.context_lens[: rows.num_seqs] == rows.context_lens).all()
+        for seq, blocks in enumerate(-(-rows.context_lens // 16)):
+            assert (found.block_table[seq, :blocks] == rows.block_table[seq, :blocks]).all()
+        return [plan]
+
+    for num_seqs, num_parts in ((16, 8), (20, 12), (3, 2)):
+        before: list[np.ndarray] = []
+        for step in range(12):
+            lens, none = start[:num_seqs] + np.int32(step), np.zeros(num_seqs, np.int32)
+            starts = np.arange(num_seqs + 1, dtype=np.int32)
+            plans = check(PackedRows(none, lens - 1, none, table[:num_seqs], lens, starts, starts[:-1],
+                                     SamplingArrays.greedy(num_seqs)))  # fmt: skip
+            assert len(plans) == num_parts
+            assert step == 0 or num_parts > 8 or all(map(np.shares_memory, plans, before))
+            before = plans
 
 
 def test_default_buckets_read_a_common_prefix_once() -> None:
