@@ -7,6 +7,7 @@ the host, on the same caches: a device's are read before it and written back aft
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -70,7 +71,8 @@ class GraphRunner(GraphChain):
         self.runtime: GraphRuntime = runtime
         self._executables = source.load(runtime, self.graph_model, buckets, progress)
         self.graph_stats.num_compiles = runtime.num_compiles
-        self._eager = ModelRunner(model, config)
+        # The caches of a device are in its own memory only; eager steps get copies.
+        self._eager = ModelRunner(model, config if runtime.is_host_memory else replace(config, num_blocks=2))
         step = GraphStep(model, self.graph_model, steps[0])
         self._weights = {name: runtime.share(as_array(p.detach())) for name, p in step.named_parameters()}
         self._specs = graph_spec(self.graph_model, steps[0]).state
@@ -111,12 +113,13 @@ class GraphRunner(GraphChain):
 
     @property
     def kv_caches(self) -> list[torch.Tensor]:
-        """The caches' memory, by layer; of a device, the host's copy as the last eager step left it."""
-        return self._eager.kv_caches
+        """The caches' memory, by layer; of a device, tensors without contents."""
+        if self.runtime.is_host_memory:
+            return self._eager.kv_caches
+        return [torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="meta") for spec in self._specs]
 
     def _read_caches(self) -> None:
-        for layer, spec in enumerate(self._specs):
-            self._eager.kv_caches[layer] = as_tensor(self.runtime.view(self._state[spec.name], spec))
+        self._eager.kv_caches = [as_tensor(self.runtime.view(self._state[s.name], s)) for s in self._specs]
 
     @contextmanager
     def _caches_on_host(self) -> Iterator[None]:
@@ -126,9 +129,12 @@ class GraphRunner(GraphChain):
             return
         self.graph_stats.fallbacks["host"] += 1
         self._read_caches()
-        yield
-        for spec, cache in zip(self._specs, self._eager.kv_caches, strict=True):
-            self.runtime.write(self._state[spec.name], as_array(cache))
+        try:
+            yield
+            for spec, cache in zip(self._specs, self._eager.kv_caches, strict=True):
+                self.runtime.write(self._state[spec.name], as_array(cache))
+        finally:
+            self._eager.kv_caches = []
 
     def warm_up(self) -> None:
         """Compile the CPU kernels that fallbacks and custom calls on a CPU use."""

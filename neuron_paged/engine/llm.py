@@ -113,9 +113,10 @@ class LLM:
             scheduler_config = SchedulerConfig(**(scheduler | {"max_model_len": loaded.max_model_len}))
             cache_config = CacheConfig(**cache)
             all_ranks_block_bytes = tensor_parallel_size * block_bytes(loaded.model, cache_config)
-            num_blocks = choose_num_blocks(
-                cache_config, scheduler_config, all_ranks_block_bytes, available_memory_bytes()
-            )
+            # A bundle's blocks, which are in the device's memory, need none of the host's.
+            on_device = chosen is not None and graphs.serves_neffs
+            available_bytes = sys.maxsize if on_device else available_memory_bytes()
+            num_blocks = choose_num_blocks(cache_config, scheduler_config, all_ranks_block_bytes, available_bytes)
             config = EngineConfig(replace(cache_config, num_blocks=num_blocks), scheduler_config)
             with _note_if_slow(
                 "Compiling the CPU kernels, once on this machine ...", progress and executor == "eager"

@@ -231,7 +231,7 @@ def find_graphs(
             here = f" This machine is {neuron_machine()}." if graphs.serves_neffs else ""
             raise GraphError(f"{error}{here}") from error
         print(f"{error} Compiling now.", file=sys.stderr, flush=True)
-        require_graph_packages(replace(graphs, bundle=None))
+        require_graph_packages(replace(graphs, bundle=None, kernels="cpu"))
         return None
     except CompileError as error:
         raise GraphError(str(error)) from error

@@ -88,6 +88,7 @@ def test_neffs_give_the_eager_engines_tokens(
     statistics = answer["statistics"]["engine"]["graphs"]
     assert statistics["num_compiles"] == 0 and not statistics["fallbacks"]
     assert sum(statistics["runs"].values()) == len(calls.read_text().splitlines()) >= 6
+    assert answer["statistics"]["kv_cache"]["bytes"] == 2 * 24 * 2 * 2 * 8 * 8 * 4  # layers, blocks, heads, K and V
     assert len(list((tmp_path / "cache" / "neffs").iterdir())) == len(BUCKETS) + (target == "trn2")
 
 
@@ -193,6 +194,16 @@ def test_what_can_not_be_served_is_one_line(
     assert main([*command, "--bundle", str(store), *options]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and says in lines[0]
+
+
+def test_a_miss_that_may_be_compiled_needs_the_packages_for_that(
+    model: Path, store: Path, machine: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["generate", "--model", str(model), "--quiet", *PROMPT, "--executor", "neuron", "--bundle", str(store)]
+    assert main([*command, "--num-blocks=25", "--graph-kernels", "plain"]) == 2
+    miss, error = capsys.readouterr().err.splitlines()
+    assert "cache.num_blocks: 24 → 25" in miss and miss.endswith("Compiling now.")
+    assert "executor neuron: got torch-neuronx not installed" in error
 
 
 def test_without_nrtpy_it_says_how_to_install_it(model: Path, store: Path, tmp_path: Path) -> None:
