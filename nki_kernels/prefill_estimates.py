@@ -18,7 +18,7 @@ from nki_kernels.planned_cache_write import check_write_runs, write_runs
 from nki_kernels.prefill_plan import PrefillBucket, choose_bucket, plan_prefill
 from nki_kernels.rotary_embedding import check_rotary_embedding, rotary_embedding
 from nki_kernels.simulator.dtypes import to_numpy
-from nki_kernels.support import dtype_itemsize
+from nki_kernels.support import dtype_itemsize, require_range
 from nki_kernels.write_plan import WriteShape, plan_writes
 
 MAX_SIMULATED_ITEMS = 330  # (Q tile, query head, fold) triples; about 0.1 s each
@@ -190,7 +190,7 @@ def _extrapolate(low: KernelEstimate, high: KernelEstimate, heads: int, wanted: 
 
 def estimate_reshape_and_cache(
     num_tokens: int, *, num_kv_heads: int, head_dim: int, block_size: int = 32, dtype: str = "bfloat16",
-    cache_dtype: str = "", target: str = "trn2",
+    cache_dtype: str = "", target: str = "trn2", num_cores: int = 1,
 ) -> KernelEstimate:
     """One call that writes `num_tokens` tokens to random slots."""
     cache_dtype = cache_dtype or dtype
@@ -199,13 +199,16 @@ def estimate_reshape_and_cache(
     key = np.ones((num_tokens, num_kv_heads, head_dim), to_numpy(dtype))
     kv_cache = _random_cache(num_blocks, num_kv_heads, block_size, head_dim, cache_dtype)
     slots = block_size + np.random.default_rng(3).permutation((num_blocks - 1) * block_size)[:num_tokens]
-    report = simulator.run(reshape_and_cache, key, key, kv_cache, slots.astype(np.int32), target=target).report
+    require_range("reshape_and_cache", "num_cores", num_cores, 1, generation(target).lnc_max)
+    report = simulator.run(
+        reshape_and_cache, key, key, kv_cache, slots.astype(np.int32), target=target, grid=num_cores
+    ).report
     return from_report("reshape_and_cache", report, 0.0)
 
 
 def estimate_planned_write(
     num_tokens: int, *, num_kv_heads: int, head_dim: int, block_size: int = 32, dtype: str = "bfloat16",
-    cache_dtype: str = "", target: str = "trn2",
+    cache_dtype: str = "", target: str = "trn2", num_cores: int = 1,
 ) -> KernelEstimate:
     """One call that writes a chunk of one sequence with a plan; it begins inside a block. UnsupportedShapeError where
     there is no planned form."""
@@ -219,7 +222,9 @@ def estimate_planned_write(
     plan = plan_writes(block_ids[position // block_size] * block_size + position % block_size, shape)
     key = np.ones((num_tokens, num_kv_heads, head_dim), to_numpy(dtype))
     kv_cache = _random_cache(num_blocks, num_kv_heads, block_size, head_dim, cache_dtype)
-    return from_report("write_runs", simulator.run(write_runs, key, key, kv_cache, plan, target=target).report, 0.0)
+    require_range("write_runs", "num_cores", num_cores, 1, generation(target).lnc_max)
+    report = simulator.run(write_runs, key, key, kv_cache, plan, target=target, grid=num_cores).report
+    return from_report("write_runs", report, 0.0)
 
 
 def estimate_copy_blocks(

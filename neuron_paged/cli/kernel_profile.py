@@ -43,7 +43,7 @@ _ATTENTION = (*_CACHE, "num_heads", "dtype", "lnc", "sliding_window", "context_l
 OPTIONS = {
     "decode": _ATTENTION,
     "prefill": _ATTENTION,
-    "reshape_and_cache": (*_CACHE, "dtype", "query_lens"),
+    "reshape_and_cache": (*_CACHE, "dtype", "lnc", "query_lens"),
     "copy_blocks": (*_CACHE, "num_pairs"),
     "rope": ("num_heads", "num_kv_heads", "head_dim", "dtype", "query_lens"),
 }
@@ -251,7 +251,7 @@ def _reshape_and_cache(target: str, v: dict[str, Any]) -> Profile:
     """One length is a chunk of one sequence, which is written with a plan where there is one."""
     tokens = sum(v["query_lens"])
     shape = {name: v[name] for name in ("num_kv_heads", "head_dim", "block_size", "dtype")}
-    shape |= {"cache_dtype": v["kv_dtype"], "target": target}
+    shape |= {"cache_dtype": v["kv_dtype"], "target": target, "num_cores": v["lnc"]}
     estimate, by_rows = estimate_reshape_and_cache(tokens, **shape), None
     if len(v["query_lens"]) == 1:
         with suppress(UnsupportedShapeError):

@@ -101,8 +101,8 @@ def test_decode_takes_window_query_tokens_cores_and_cache_dtype() -> None:
             384 * 2 * 128 * 2,
         ),
         (
-            ["reshape_and_cache", "--query-lens", "5x1,3", "--num-kv-heads", 2, "--target", "trn3"],
-            lambda: estimate_reshape_and_cache(8, num_kv_heads=2, head_dim=128, target="trn3"),
+            ["reshape_and_cache", "--query-lens", "5x1,3", "--num-kv-heads", 2, "--target", "trn3", "--lnc", 2],
+            lambda: estimate_reshape_and_cache(8, num_kv_heads=2, head_dim=128, target="trn3", num_cores=2),
             8 * 2 * 2 * 128 * 2,
         ),
         (
@@ -164,7 +164,8 @@ def test_an_extrapolated_prefill_says_so(monkeypatch, capsys, tmp_path: Path) ->
         (["decode"], ["--context-lens", "8x8192"]),
         (["copy_blocks"], ["--num-pairs"]),
         (["rope", "--query-lens", "8", "--block-size", 16], ["--block-size", "rope", "--num-heads"]),
-        (["reshape_and_cache", "--query-lens", "8", "--lnc", 2], ["--lnc", "reshape_and_cache"]),
+        (["copy_blocks", "--num-pairs", "8", "--lnc", 2], ["--lnc", "copy_blocks"]),
+        (["reshape_and_cache", "--query-lens", "8", "--lnc", 2, "--target", "trn1"], ["num_cores", "1..1"]),
         (["rope", "--query-lens", "8", "--num-heads", 999], ["num_heads + num_kv_heads", "1000"]),
         (["decode", "--context-lens", "8x4000000"], ["KV cache", "GiB"]),
         (["decode", "--context-lens", "999999999x1"], ["--context-lens", "999999999x1"]),
