@@ -2,9 +2,10 @@
 """nki's framework interface: a kernel of this project at given shapes → config and files of its custom call.
 
 The only file that knows how the vendor's compiler is called; `toolchain` has its language. The interface is the one
-that AWS's own integrations of nki 0.6 call (nkipy's `nki_op`, the vLLM plugin's `nki_compile`); nki documents none, so
-every name that is used is checked first. Runs in a process of its own, which sees nothing of the caller's NKI settings.
-*Not yet run with a real nki.*
+that AWS's own integrations of nki 0.6 build on (nkipy's `nki_op`, the vLLM plugin's `nki_compile`): CompileKernel for
+the options of production, compile_kernel_to_nir, which its cached form calls, and the result's build_config. nki
+documents none of it, so every name that is used is checked first. Runs in a process of its own, which sees nothing of
+the caller's NKI settings. *Not yet run with a real nki.*
 """
 
 import base64
