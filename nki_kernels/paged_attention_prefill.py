@@ -162,6 +162,7 @@ def _issue(tiles, geometry, schedule, step):
         exponentials(tiles, geometry, exp_item)
         transpose_probabilities_by_dma(tiles, geometry, exp_item)
     groups = (geometry.row_tokens + geometry.transpose_group - 1) // geometry.transpose_group
+    # v2 has one reader of PSUM at a time: values go where TensorE would wait for drains, so that scores need not.
     values_at = 1 if geometry.version < 3 else max(groups, geometry.num_pieces)
     for part in range(max(groups, geometry.num_pieces)):
         # Scores first: TensorE runs in order, and a transpose that waits for its exponentials would starve VectorE.

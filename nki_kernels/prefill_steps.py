@@ -246,7 +246,8 @@ def transpose_probabilities(tiles, geometry, item, group):
 
 
 def slots_drained_by_vector(geometry, item, group, count):
-    """Slots of a group that VectorE takes from ScalarE, so that both are busy equally long."""
+    """Slots of a group that VectorE takes from ScalarE, so that both are busy equally long; v2: none, ScalarE holds
+    PSUM for less time."""
     if geometry.version < 3:
         return 0
     if uses_dma(geometry, item, 1):
