@@ -5,47 +5,17 @@ Pure functions without output; command lines and benchmarks print what they retu
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from . import simulator
 from .decode_support import ITEMSIZE, DecodeProblem
 from .hardware import generation
+from .kernel_estimate import KernelEstimate, from_report, useful_attention_flops
 from .paged_attention_decode import paged_attention_decode
 from .plan import plan_decode, smallest_shape
 from .plan_shape import PlanShape
 from .simulator.dtypes import to_numpy
-from .simulator.report import Report
-
-
-@dataclass(frozen=True)
-class DecodeEstimate:
-    """Modelled cost of one decode attention call. `report` holds the whole timeline."""
-
-    target: str
-    shape: PlanShape
-    time_us: float
-    time_range_us: tuple[float, float]  # every disputed figure at its fastest, at its slowest
-    live_bytes: int  # K and V of all live tokens
-    dma_bytes: int
-    num_instructions: int
-    report: Report
-
-    @property
-    def hbm_fraction(self) -> float:
-        """Live bytes per modelled time over the HBM peak of the cores used."""
-        peak = generation(self.target).hbm_bandwidth.value * self.shape.num_cores  # GB/s = bytes per ns
-        return self.live_bytes / (self.time_us * 1e3) / peak
-
-    @property
-    def dma_overhead(self) -> float:
-        """DMA bytes per live byte."""
-        return self.dma_bytes / self.live_bytes
-
-    def time_us_with(self, **figures: float) -> float:
-        """Time with figures of `hardware.py` replaced, e.g. `swdge_descriptor=13.0`."""
-        return self.report.timeline_with(False, **figures).total_ns / 1e3
 
 
 def decode_estimate(
@@ -65,11 +35,11 @@ def decode_estimate(
     max_columns: int | None = None,
     shared_prefix_tokens: int = 0,
     share: bool = True,
-) -> DecodeEstimate:
+) -> KernelEstimate:
     """Modelled cost of attention for one batch; heads are those of one rank.
 
     shared_prefix_tokens: all sequences start with the same so many tokens (whole blocks of them); share: whether the
-    plan may read them once. live_bytes counts them once per sequence.
+    plan may read them once. live_kv_bytes counts them once per sequence.
 
     shape: the bucket; None takes the smallest that holds the batch, with at most `max_columns`
     score columns (None: the kernel's limit). Runs the
@@ -108,21 +78,14 @@ def decode_estimate(
         seqs_per_shared_fold=shape.seqs_per_shared_fold, target=target, grid=num_cores if num_cores > 1 else None,
     ).report  # fmt: skip
     seen = np.minimum(lens, sliding_window + q_len - 1) if sliding_window else lens
-    fast, slow = report.range_ns
-    return DecodeEstimate(
-        target,
-        shape,
-        report.total_ns / 1e3,
-        (fast / 1e3, slow / 1e3),
-        int(seen.sum()) * num_kv_heads * 2 * head_dim * ITEMSIZE[cache_name],
-        report.timeline.dma_bytes,
-        report.num_instructions,
-        report,
-    )
+    past = tuple((lens[lens > 0] - q_len).tolist())
+    flops = num_heads * useful_attention_flops((q_len,) * len(past), past, head_dim, sliding_window)
+    live_kv_bytes = int(seen.sum()) * num_kv_heads * 2 * head_dim * ITEMSIZE[cache_name]
+    return from_report("paged_attention_decode", report, flops, live_kv_bytes, shape)
 
 
-def steady_fraction(shorter: DecodeEstimate, longer: DecodeEstimate) -> float:
+def steady_fraction(shorter: KernelEstimate, longer: KernelEstimate) -> float:
     """Fraction of the HBM peak without fixed cost: extra live bytes over extra time of two calls of one kind."""
     extra_ns = (longer.time_us - shorter.time_us) * 1e3
-    peak = generation(longer.target).hbm_bandwidth.value * longer.shape.num_cores
-    return (longer.live_bytes - shorter.live_bytes) / extra_ns / peak
+    peak = generation(longer.target).hbm_bandwidth.value * longer.num_cores
+    return (longer.live_kv_bytes - shorter.live_kv_bytes) / extra_ns / peak

@@ -5,7 +5,7 @@ Runs the kernel in the simulator on random data; nothing here is measured. Large
 fewer query heads per KV head, in which the work is linear (within 10 % for small shapes); `is_extrapolated` says so.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy as np
 from nki_kernels import simulator
 from nki_kernels.cache_ops import check_copy_blocks, check_reshape_and_cache, copy_blocks, reshape_and_cache
 from nki_kernels.hardware import generation
+from nki_kernels.kernel_estimate import KernelEstimate, from_report, useful_attention_flops
 from nki_kernels.paged_attention_prefill import check_paged_attention_prefill, paged_attention_prefill
 from nki_kernels.planned_cache_write import check_write_runs, write_runs
 from nki_kernels.prefill_plan import PrefillBucket, choose_bucket, plan_prefill
@@ -22,74 +23,6 @@ from nki_kernels.support import dtype_itemsize, require_range
 from nki_kernels.write_plan import WriteShape, plan_writes
 
 MAX_SIMULATED_ITEMS = 330  # (Q tile, query head, fold) triples; about 0.1 s each
-
-
-@dataclass(frozen=True)
-class KernelEstimate:
-    """One modelled call. Times in ns, `fastest_ns`/`slowest_ns` with every disputed figure at its extremes.
-
-    useful_fraction_of_tensor_peak counts only the products that the result needs: masked ones and padding are waste.
-    `report` holds the simulated call, which is a smaller one if the figures are extrapolated.
-    """
-
-    kernel: str
-    target: str
-    num_cores: int
-    total_ns: float
-    fastest_ns: float
-    slowest_ns: float
-    num_instructions: int
-    dma_bytes: int
-    hbm_bytes: int
-    matmul_flops: float
-    useful_flops: float
-    bound_by: str
-    sbuf_high_water_bytes: int
-    report: simulator.Report = field(repr=False, compare=False)
-    is_extrapolated: bool = False
-
-    @property
-    def fraction_of_tensor_peak(self) -> float:
-        return self.matmul_flops / self._peak_flops
-
-    @property
-    def useful_fraction_of_tensor_peak(self) -> float:
-        return self.useful_flops / self._peak_flops
-
-    @property
-    def fraction_of_hbm(self) -> float:
-        return self.hbm_bytes / (self.total_ns * generation(self.target).hbm_bandwidth.value * self.num_cores)
-
-    @property
-    def fraction_of_dma(self) -> float:
-        return self.dma_bytes / (self.total_ns * generation(self.target).dma_bandwidth.value * self.num_cores)
-
-    @property
-    def _peak_flops(self) -> float:
-        """FLOP of the bf16 peak in the call's time."""
-        return generation(self.target).bf16_peak.value * 1e3 * self.total_ns * self.num_cores
-
-
-def from_report(kernel: str, report: simulator.Report, useful_flops: float) -> KernelEstimate:
-    """The figures of one simulated call."""
-    line = report.timeline
-    fast, slow = report.range_ns
-    return KernelEstimate(
-        kernel,
-        report.target,
-        len(report.events),
-        line.total_ns,
-        fast,
-        slow,
-        report.num_instructions,
-        line.dma_bytes,
-        line.hbm_bytes,
-        line.matmul_flops,
-        useful_flops,
-        report.bound(),
-        report.sbuf_high_water_bytes,
-        report,
-    )
 
 
 def _random_cache(num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: str) -> np.ndarray:
@@ -145,7 +78,7 @@ def estimate_prefill(
             row_tokens=bucket.row_tokens, softmax_scale=head_dim**-0.5,
             sliding_window=sliding_window, target=target, grid=num_cores, **scales,
         ).report
-        useful = heads * useful_prefill_flops(chunk_lens, past_lens, head_dim, sliding_window)
+        useful = heads * useful_attention_flops(chunk_lens, past_lens, head_dim, sliding_window)
         return from_report("paged_attention_prefill", report, useful)
 
     group = num_heads // num_kv_heads
@@ -154,17 +87,6 @@ def estimate_prefill(
     if group <= few:
         return simulate(group)
     return _extrapolate(simulate(few - 1), simulate(few), few, group)
-
-
-def useful_prefill_flops(
-    chunk_lens: tuple[int, ...], past_lens: tuple[int, ...], head_dim: int, sliding_window: int = 0
-) -> float:
-    """FLOP of one query head: 4·head_dim for each (query token, visible token)."""
-    total = 0
-    for chunk, past in zip(chunk_lens, past_lens, strict=True):
-        visible = past + 1 + np.arange(chunk)
-        total += int((np.minimum(visible, sliding_window) if sliding_window > 0 else visible).sum())
-    return 4.0 * head_dim * total
 
 
 def _extrapolate(low: KernelEstimate, high: KernelEstimate, heads: int, wanted: int) -> KernelEstimate:

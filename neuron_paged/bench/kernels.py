@@ -16,8 +16,9 @@ from neuron_paged.bench.decode_step import estimate_step, step_cases
 from neuron_paged.bench.nki_library import MAX_ERROR, PeerRun, run_attention_tkg
 from neuron_paged.bench.plan_time import measure_plan_times
 from neuron_paged.errors import InvalidRequestError
-from nki_kernels.estimates import DecodeEstimate, decode_estimate
+from nki_kernels.estimates import decode_estimate
 from nki_kernels.hardware import generation
+from nki_kernels.kernel_estimate import KernelEstimate
 from nki_kernels.prefill_estimates import estimate_planned_write, estimate_prefill, estimate_reshape_and_cache
 from nki_kernels.simulator import Report
 
@@ -106,12 +107,12 @@ def run_peer(source: Path, tell: Tell) -> list[PeerRun]:
 # ---- decode ---------------------------------------------------------------------------------------------------------
 
 
-def _decode(target: str, context_lens: tuple[int, ...], group_size: int, **options: Any) -> DecodeEstimate:
+def _decode(target: str, context_lens: tuple[int, ...], group_size: int, **options: Any) -> KernelEstimate:
     options.setdefault("block_size", BLOCK_SIZES[target])
     return decode_estimate(target, context_lens, group_size, 1, HEAD_DIM, **options)
 
 
-def _timed(row: Row, function: Callable[..., float], *calls: DecodeEstimate) -> Row:
+def _timed(row: Row, function: Callable[..., float], *calls: KernelEstimate) -> Row:
     """`row` with `function` of the calls' times, us, and its range with disputed figures at either end."""
     value = function(*(call.time_us for call in calls))
     # A ratio of two times may leave the interval of its ends.
@@ -129,18 +130,18 @@ def _decode_rows(target: str, tell: Tell) -> Iterator[Row]:
     for group in (8, 32):
         tell(f"modelling decode on {target}, {group} columns")
         short, long = (_decode(target, (length,) * 8, group) for length in (8192, 16384))
-        extra = long.live_bytes - short.live_bytes
+        extra = long.live_kv_bytes - short.live_kv_bytes
         goal = STEADY_GOALS.get((target, group))
         row = Row(f"decode steady state, S·G = {group}, block {block}", target, HBM, goal=goal)
         yield _timed(row, lambda a, b, n=extra: _hbm_fraction(target, n, b - a), short, long)
         if group == 8:
             row = Row("decode whole call, 8 x 8192 tokens", target, HBM, goal=CALL_GOALS.get(target))
             row = replace(row, bound=_bound(short.report))
-            yield _timed(row, lambda us, n=short.live_bytes: _hbm_fraction(target, n, us), short)
+            yield _timed(row, lambda us, n=short.live_kv_bytes: _hbm_fraction(target, n, us), short)
             if target == PEER_TARGET:
                 small = _decode(target, (8192,) * 8, group, block_size=16)
                 for call, size, cost in ((c, b, ns) for c, b in ((short, block), (small, 16)) for ns in SWDGE_NS):
-                    value = _hbm_fraction(target, call.live_bytes, call.time_us_with(swdge_descriptor=cost))
+                    value = _hbm_fraction(target, call.live_kv_bytes, call.time_us_with(swdge_descriptor=cost))
                     yield Row(f"  block {size}, {cost} ns per SWDGE descriptor", target, HBM, value)
 
 
@@ -156,15 +157,15 @@ def _ragged_rows(targets: tuple[str, ...], peer: list[PeerRun] | None, tell: Tel
         for block in sorted({16, BLOCK_SIZES[target]}):
             exact = _decode(target, RAGGED_TOKENS, 8, block_size=block)
             shape = replace(
-                exact.shape,
-                num_seqs=2 * exact.shape.num_seqs,
-                full_folds=exact.shape.full_folds + 1,
-                mixed_folds=exact.shape.mixed_folds + 1,
+                exact.bucket,
+                num_seqs=2 * exact.bucket.num_seqs,
+                full_folds=exact.bucket.full_folds + 1,
+                mixed_folds=exact.bucket.mixed_folds + 1,
             )
             padded = _decode(target, RAGGED_TOKENS, 8, block_size=block, shape=shape)
-            size = f"{shape.num_folds} / {exact.shape.num_folds} folds"
+            size = f"{shape.num_folds} / {exact.bucket.num_folds} folds"
             row = Row(f"ragged batch, block {block}: next bucket, {size}", target, "x time", goal=1.25, at_most=True)
-            empty = shape.num_folds - exact.shape.num_folds
+            empty = shape.num_folds - exact.bucket.num_folds
             more, less = padded.report.timeline.busy_ns, exact.report.timeline.busy_ns
             busy = ", ".join(f"{lane} {(more[lane] - less[lane]) / empty / 1e3:.1f}" for lane in less if lane != "dma")
             row = replace(
@@ -174,12 +175,11 @@ def _ragged_rows(targets: tuple[str, ...], peer: list[PeerRun] | None, tell: Tel
                 f"{_bound(padded.report)}",
             )
             yield _timed(row, lambda a, b: b / a, exact, padded)
-        yield Row(
-            "ragged batch: DMA bytes / live KV bytes", target, "x bytes", exact.dma_overhead, goal=1.05, at_most=True
-        )
-        yield Row("ragged batch: KV of the whole bucket / DMA bytes", target, "x bytes", bucket_bytes / exact.dma_bytes)
+        overhead, share = exact.dma_bytes_per_live_kv_byte, bucket_bytes / exact.dma_bytes
+        yield Row("ragged batch: DMA bytes / live KV bytes", target, "x bytes", overhead, goal=1.05, at_most=True)
+        yield Row("ragged batch: KV of the whole bucket / DMA bytes", target, "x bytes", share)
         tiny = _decode(target, (128,), 8)
-        yield Row("1 sequence of 128 tokens: DMA bytes / live KV", target, "x bytes", tiny.dma_overhead)
+        yield Row("1 sequence of 128 tokens: DMA bytes / live KV", target, "x bytes", tiny.dma_bytes_per_live_kv_byte)
         if peer and target == PEER_TARGET:
             yield from _peer_rows(exact, peer)
 
@@ -202,7 +202,7 @@ def _shared_rows(target: str, tell: Tell) -> Iterator[Row]:
     yield _timed(Row(case, target, "x time"), lambda a, b: b / a, once, each)
 
 
-def _peer_rows(ours: DecodeEstimate, peer: list[PeerRun]) -> Iterator[Row]:
+def _peer_rows(ours: KernelEstimate, peer: list[PeerRun]) -> Iterator[Row]:
     """Best against best: either side's fastest block size."""
     own = min([ours, _decode(PEER_TARGET, RAGGED_TOKENS, 8, block_size=16)], key=lambda call: call.time_us)
     report = min((run.report for run in peer), key=lambda report: report.total_ns)

@@ -6,7 +6,7 @@ Owns the options, which of them each kernel takes, and what is printed. The figu
 
 import argparse
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from neuron_paged.cli.kernel_files import describe_failure
@@ -17,15 +17,13 @@ from neuron_paged.models.rank_heads import rank_heads, supported_sizes
 from neuron_paged.planning.decoder_model import LLAMA_3_1_8B, MATMUL_WEIGHTS, MAX_GRAPH_INSTRUCTIONS
 from nki_kernels.estimates import decode_estimate
 from nki_kernels.hardware import generation
+from nki_kernels.kernel_estimate import KernelEstimate
 from nki_kernels.prefill_estimates import (
-    KernelEstimate,
     estimate_copy_blocks,
     estimate_planned_write,
     estimate_prefill,
     estimate_reshape_and_cache,
     estimate_rotary_embedding,
-    from_report,
-    useful_prefill_flops,
 )
 from nki_kernels.simulator import KernelError
 from nki_kernels.simulator.dtypes import ITEMSIZE
@@ -59,26 +57,13 @@ MAX_SIMULATED_BYTES = 1 << 30  # of the cache or of all queries: the simulator h
 
 @dataclass(frozen=True)
 class Profile:
-    """One modelled call: live_kv_bytes are those of K and V that the call must read or write, None if it has none."""
+    """One modelled call; its live KV bytes are those of K and V that it must read or write."""
 
     call: str
     bucket: str | None
     estimate: KernelEstimate
-    live_kv_bytes: int | None
     graph: dict[str, Any] | None = None
     by_rows: KernelEstimate | None = None  # a planned cache write without its plan
-
-    @property
-    def dma_bytes_per_live_kv_byte(self) -> float | None:
-        return self.estimate.dma_bytes / self.live_kv_bytes if self.live_kv_bytes else None
-
-    @property
-    def live_kv_fraction_of_hbm(self) -> float | None:
-        """Live KV bytes per modelled time over the HBM peak of the cores used."""
-        if not self.live_kv_bytes:
-            return None
-        peak = generation(self.estimate.target).hbm_bandwidth.value * self.estimate.num_cores
-        return self.live_kv_bytes / self.estimate.total_ns / peak
 
 
 def profile_kernel(args: argparse.Namespace) -> int:
@@ -207,16 +192,13 @@ def _decode(target: str, v: dict[str, Any]) -> Profile:
         target, v["context_lens"], v["num_heads"], v["num_kv_heads"], v["head_dim"], v["block_size"], v["dtype"],
         cache_dtype=v["kv_dtype"], q_len=q_len, sliding_window=v["sliding_window"], num_cores=v["lnc"],
     )  # fmt: skip
-    past = tuple(n - q_len for n in v["context_lens"])
-    flops = v["num_heads"] * useful_prefill_flops(tuple(v["query_lens"]), past, v["head_dim"], v["sliding_window"])
-    shape = found.shape
+    shape = found.bucket
     bucket = (
         f"num_seqs {shape.num_seqs}, full_folds {shape.full_folds}, mixed_folds {shape.mixed_folds} of up to "
         f"{shape.seqs_per_mixed_fold} sequences"
     )
     graph = _graph(found.num_instructions, v["num_heads"])
-    estimate = from_report("paged_attention_decode", found.report, flops)
-    return Profile(_attention_call(v), bucket, estimate, _live_kv_bytes(v), graph)
+    return Profile(_attention_call(v), bucket, found, graph)
 
 
 def _graph(num_instructions: int, num_heads: int) -> dict[str, Any]:
@@ -244,7 +226,7 @@ def _prefill(target: str, v: dict[str, Any]) -> Profile:
         block_size=v["block_size"], dtype=v["dtype"], cache_dtype=v["kv_dtype"], target=target, num_cores=v["lnc"],
         sliding_window=v["sliding_window"],
     )  # fmt: skip
-    return Profile(_attention_call(v), None, estimate, _live_kv_bytes(v))
+    return Profile(_attention_call(v), None, replace(estimate, live_kv_bytes=_live_kv_bytes(v)))
 
 
 def _reshape_and_cache(target: str, v: dict[str, Any]) -> Profile:
@@ -258,7 +240,7 @@ def _reshape_and_cache(target: str, v: dict[str, Any]) -> Profile:
             estimate, by_rows = estimate_planned_write(tokens, **shape), estimate
     call = f"{tokens} tokens, {v['num_kv_heads']} KV heads, head_dim {v['head_dim']}, block_size {v['block_size']}"
     call += f", {v['dtype']}, KV {v['kv_dtype']}"
-    return Profile(call, None, estimate, tokens * _token_bytes(v), by_rows=by_rows)
+    return Profile(call, None, replace(estimate, live_kv_bytes=tokens * _token_bytes(v)), by_rows=by_rows)
 
 
 def _copy_blocks(target: str, v: dict[str, Any]) -> Profile:
@@ -268,7 +250,8 @@ def _copy_blocks(target: str, v: dict[str, Any]) -> Profile:
     )  # fmt: skip
     blocks = f"{v['num_pairs']} blocks of {v['block_size']} tokens"
     call = f"{blocks}, {v['num_kv_heads']} KV heads, head_dim {v['head_dim']}"
-    return Profile(f"{call}, KV {v['kv_dtype']}", None, estimate, v["num_pairs"] * _block_bytes(v))
+    estimate = replace(estimate, live_kv_bytes=v["num_pairs"] * _block_bytes(v))
+    return Profile(f"{call}, KV {v['kv_dtype']}", None, estimate)
 
 
 def _rope(target: str, v: dict[str, Any]) -> Profile:
@@ -277,7 +260,7 @@ def _rope(target: str, v: dict[str, Any]) -> Profile:
         tokens, num_heads=v["num_heads"], num_kv_heads=v["num_kv_heads"], head_dim=v["head_dim"], dtype=v["dtype"],
         target=target,
     )  # fmt: skip
-    return Profile(f"{tokens} tokens, {_heads(v)}, {v['dtype']}", None, estimate, None)
+    return Profile(f"{tokens} tokens, {_heads(v)}, {v['dtype']}", None, estimate)
 
 
 # ---- output ---------------------------------------------------------------------------------------------------------
@@ -309,11 +292,11 @@ def _text(profile: Profile) -> str:
             "  extrapolated: simulated with fewer query heads per KV head, in which the work is linear. That call:",
         ]
     lines += ["", found.report.table()]
-    if profile.live_kv_bytes:
+    if found.live_kv_bytes:
         lines.append(
-            f"live KV              {profile.live_kv_bytes / 1e6:12.3f} MB   DMA bytes / live KV bytes = "
-            f"{profile.dma_bytes_per_live_kv_byte:.3f}; live KV bytes per time = "
-            f"{100 * (profile.live_kv_fraction_of_hbm or 0.0):.1f} % of the HBM peak"
+            f"live KV              {found.live_kv_bytes / 1e6:12.3f} MB   DMA bytes / live KV bytes = "
+            f"{found.dma_bytes_per_live_kv_byte:.3f}; live KV bytes per time = "
+            f"{100 * found.live_kv_fraction_of_hbm:.1f} % of the HBM peak"
         )
     if found.useful_flops:
         lines.append(
@@ -364,9 +347,9 @@ def _document(profile: Profile, values: dict[str, Any]) -> dict[str, Any]:
             "useful_flops": found.useful_flops,
             "useful_fraction_of_tensor_peak": found.useful_fraction_of_tensor_peak,
         },
-        "live_kv_bytes": profile.live_kv_bytes,
-        "dma_bytes_per_live_kv_byte": profile.dma_bytes_per_live_kv_byte,
-        "live_kv_fraction_of_hbm": profile.live_kv_fraction_of_hbm,
+        "live_kv_bytes": found.live_kv_bytes or None,
+        "dma_bytes_per_live_kv_byte": found.dma_bytes_per_live_kv_byte if found.live_kv_bytes else None,
+        "live_kv_fraction_of_hbm": found.live_kv_fraction_of_hbm if found.live_kv_bytes else None,
         "num_instructions": found.num_instructions,
         "sbuf_high_water_bytes": report.sbuf_high_water_bytes,
         "psum_high_water_banks": report.psum_high_water_banks,

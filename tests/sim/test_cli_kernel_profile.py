@@ -67,9 +67,9 @@ def test_decode_prints_and_writes_whole_files(tmp_path: Path) -> None:
     assert (modelled["fastest_ns"] / 1e3, modelled["slowest_ns"] / 1e3) == pytest.approx(estimate.time_range_us)
     assert modelled["dma_bytes"] == sum(modelled["bytes_by_kind"].values()) == estimate.dma_bytes
     assert modelled["bound_by"] in modelled["busy_ns"]
-    assert found["live_kv_bytes"] == 700 * 2 * 64 * 2 == estimate.live_bytes
-    assert found["dma_bytes_per_live_kv_byte"] == pytest.approx(estimate.dma_overhead)
-    assert found["live_kv_fraction_of_hbm"] == pytest.approx(estimate.hbm_fraction)
+    assert found["live_kv_bytes"] == 700 * 2 * 64 * 2 == estimate.live_kv_bytes
+    assert found["dma_bytes_per_live_kv_byte"] == pytest.approx(estimate.dma_bytes_per_live_kv_byte)
+    assert found["live_kv_fraction_of_hbm"] == pytest.approx(estimate.live_kv_fraction_of_hbm)
     assert found["num_instructions"] == estimate.num_instructions
     assert 0 < found["sbuf_high_water_bytes"] <= 192 * 1024 and 1 <= found["psum_high_water_banks"] <= 8
     graph = found["graph"]
@@ -87,7 +87,7 @@ def test_decode_takes_window_query_tokens_cores_and_cache_dtype() -> None:
         "trn2", [600, 600], 4, 2, 64, 32, cache_dtype="float8_e4m3", q_len=2, sliding_window=200, num_cores=2
     )
     assert found["num_cores"] == 2 and found["target"] == "trn2"
-    assert found["live_kv_bytes"] == 2 * 201 * 2 * 2 * 64 == estimate.live_bytes
+    assert found["live_kv_bytes"] == 2 * 201 * 2 * 2 * 64 == estimate.live_kv_bytes
     assert found["modelled"]["total_ns"] / 1e3 == pytest.approx(estimate.time_us)
     assert found["modelled"]["useful_flops"] == 4 * 4 * 64 * 2 * 2 * 200  # both query tokens see 200
 
@@ -223,7 +223,7 @@ def test_bench_kernels_quick(tmp_path: Path) -> None:
             assert figure["range"][0] <= figure["modelled"] <= figure["range"][1]
     (call,) = (f for f in found["figures"] if "whole call" in f["case"])
     assert call["goal"] == 0.8 and call["range"][0] <= call["modelled"] <= call["range"][1]
-    assert call["modelled"] == pytest.approx(decode_estimate("trn2", [8192] * 8, 8, 1, 128, 32).hbm_fraction)
+    assert call["modelled"] == pytest.approx(decode_estimate("trn2", [8192] * 8, 8, 1, 128, 32).live_kv_fraction_of_hbm)
     step = found["steps"][0]
     assert step["weights_ms_at_hbm_peak"] == pytest.approx(step["weight_bytes_per_rank"] / 362.5e6)
     slower = max(step["weights_ms_at_hbm_peak"], step["weights_ms_at_dma_limit"])

@@ -315,7 +315,7 @@ RAGGED_TOKENS = (128, 128, 256, 512, 1024, 2048, 4096, 8192)
 @pytest.mark.parametrize("target,block_size", [("trn1", 16), ("trn2", 32), ("trn3", 32)])
 def test_ragged_batch_moves_its_live_bytes_only(target, block_size):
     estimate = decode_estimate(target, RAGGED_TOKENS, 8, 1, 128, block_size)
-    assert estimate.dma_overhead < 1.05
+    assert estimate.dma_bytes_per_live_kv_byte < 1.05
     assert estimate.dma_bytes * 3.9 < 8 * 8192 * 2 * 128 * 2  # K and V of a padded bucket
 
 
@@ -323,7 +323,7 @@ def test_ragged_batch_moves_its_live_bytes_only(target, block_size):
 def test_the_next_bucket_costs_at_most_a_quarter_more(target, block_size, time_us):
     """Twice the batch rows and one more fold of each kind than the batch needs: eight folds, or four."""
     exact = decode_estimate(target, RAGGED_TOKENS, 8, 1, 128, block_size)
-    bigger = replace(exact.shape, num_seqs=16, full_folds=exact.shape.full_folds + 1, mixed_folds=2)
+    bigger = replace(exact.bucket, num_seqs=16, full_folds=exact.bucket.full_folds + 1, mixed_folds=2)
     padded = decode_estimate(target, RAGGED_TOKENS, 8, 1, 128, block_size, shape=bigger)
     assert exact.time_us < time_us
     assert exact.time_us < padded.time_us <= 1.25 * exact.time_us
@@ -335,4 +335,4 @@ def test_long_batch_stays_near_the_hbm_limit(target, block_size, steady, call):
     """Eight times 4096 and 8192 tokens; `neuron-paged bench kernels` has goals for twice these lengths."""
     short, long = (decode_estimate(target, [n] * 8, 8, 1, 128, block_size) for n in (4096, 8192))
     assert steady_fraction(short, long) >= steady
-    assert short.hbm_fraction >= call * 0.8 and long.hbm_fraction >= call
+    assert short.live_kv_fraction_of_hbm >= call * 0.8 and long.live_kv_fraction_of_hbm >= call

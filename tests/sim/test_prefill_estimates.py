@@ -7,12 +7,12 @@ import pytest
 
 import nki_kernels
 from nki_kernels import prefill_estimates
+from nki_kernels.kernel_estimate import useful_attention_flops
 from nki_kernels.prefill_estimates import (
     estimate_copy_blocks,
     estimate_prefill,
     estimate_reshape_and_cache,
     estimate_rotary_embedding,
-    useful_prefill_flops,
 )
 from nki_kernels.source_lint import format_findings, lint_file
 
@@ -36,9 +36,9 @@ def test_kernel_source_is_free_of_lint_findings(name):
 
 
 def test_useful_flops_count_visible_pairs():
-    assert useful_prefill_flops((3,), (0,), 64) == 4 * 64 * (1 + 2 + 3)
-    assert useful_prefill_flops((2, 1), (5, 0), 64) == 4 * 64 * (6 + 7 + 1)
-    assert useful_prefill_flops((3,), (100,), 64, sliding_window=10) == 4 * 64 * 30
+    assert useful_attention_flops((3,), (0,), 64) == 4 * 64 * (1 + 2 + 3)
+    assert useful_attention_flops((2, 1), (5, 0), 64) == 4 * 64 * (6 + 7 + 1)
+    assert useful_attention_flops((3,), (100,), 64, sliding_window=10) == 4 * 64 * 30
 
 
 @pytest.mark.parametrize("target", ["trn1", "trn2", "trn3"])
