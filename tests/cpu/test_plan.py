@@ -162,28 +162,32 @@ def test_shared_folds_cover_every_sequence_once(lens, prefixes, parts, max_colum
 
 @settings(max_examples=40, deadline=None)
 @given(
-    lens=st.lists(st.integers(0, 128 * 4 * 2), min_size=1, max_size=7),
-    layout_args=st.tuples(st.sampled_from([1, 3]), st.sampled_from([1, 2])),
+    slabs=st.lists(st.integers(0, 128 * 2), min_size=1, max_size=7),
+    same=st.booleans(),
+    layout_args=st.sampled_from([(1, 1, 1), (3, 1, 1), (3, 4, 4), (1, 4, 2)]),
     spare=st.tuples(st.integers(0, 2), st.integers(1, 3), st.integers(0, 2)),
-    steps=st.lists(st.sampled_from(["grow"] * 12 + ["leave", "swap", "stay"]), min_size=1, max_size=30),
+    steps=st.lists(st.sampled_from(["grow"] * 14 + ["leave", "stay", "swap", "move", "turn"]), max_size=30),
     cores=st.sampled_from([1, 2]),
     seed=st.integers(0, 1000),
 )
-def test_plans_of_consecutive_steps_cover_every_batch(lens, layout_args, spare, steps, cores, seed):
-    """Also shared prefixes, rows that leave, blocks that move; padding of block tables may hold anything."""
+def test_plans_of_consecutive_steps_cover_every_batch(slabs, same, layout_args, spare, steps, cores, seed):
+    """Also shared prefixes, rows that leave or change places, blocks that move while all lengths are as expected;
+    padding of block tables may hold anything."""
     rng = np.random.default_rng(seed)
-    heads, parts = layout_args
-    layout = SlabLayout(sum(-(-n // 4) + 10 for n in lens) + 5, heads, 4, 4 // parts)
-    table, _ = make_batch([n + 40 for n in lens], layout, rng)
-    lens = np.array(lens, np.int32)
-    common = int(lens.min()) // 4
+    heads, block_size, slab_tokens = layout_args
+    lens = np.array(slabs, np.int32) * slab_tokens
+    lens[:] = lens[0] if same else lens
+    layout = SlabLayout(int((-(-(lens + 40) // block_size)).sum()) + 40, heads, block_size, slab_tokens)
+    table, _ = make_batch(lens + 40, layout, rng)
+    free = np.setdiff1d(np.arange(layout.num_blocks), table)
+    common = int(lens.min()) // block_size
     table[:, :common] = table[0, :common]
     shape = smallest_shape(lens, layout, columns_per_seq=1, max_columns=4, num_cores=cores, block_table=table)
     shape = replace(shape, full_folds=shape.full_folds + spare[0], mixed_folds=shape.mixed_folds + spare[1],
                     shared_folds=shape.shared_folds + spare[2]).even()  # fmt: skip
     planner = DecodePlanner(layout, shape)
-    for step in steps:
-        width = max(int((-(-lens // 4)).max()), 1)
+    for step, unused in zip(["grow", *steps], free, strict=False):
+        width = max(int((-(-lens // block_size)).max()), 1)
         try:
             plan = planner.plan(table[:, :width].copy(), lens)
         except PlanOverflowError:
@@ -191,13 +195,18 @@ def test_plans_of_consecutive_steps_cover_every_batch(lens, layout_args, spare, 
                 plan_decode(table, lens, layout, shape)
         else:
             check_plan(plan, table, lens, layout)
-        if step == "grow":
+        if step not in ("leave", "stay"):
             lens = lens + (lens > 0).astype(np.int32)
-        elif step == "leave" and len(lens) > 1:
+        if step == "leave" and len(lens) > 1:
             table, lens = table[1:], lens[1:]
         elif step == "swap":  # two blocks of one context
             table = table.copy()
             table[-1, :2] = table[-1, 1::-1]
+        elif step == "move":  # a context's last block
+            table = table.copy()
+            table[0, max(int(lens[0]) - 1, 0) // block_size] = unused
+        elif step == "turn":
+            table, lens = np.roll(table, 1, axis=0), np.roll(lens, 1)
 
 
 def test_most_plans_are_made_from_the_one_before():
@@ -214,6 +223,23 @@ def test_most_plans_are_made_from_the_one_before():
         assert plan is not None and plan.table is memory
     check_plan(plan, table, lens + 99, layout)
     assert planner.advance(table, lens + 99) is None and planner.advance(table[1:], lens[1:] + 100) is None
+
+
+def test_new_slabs_of_full_folds_go_to_any_with_room():
+    """Three contexts of 128 slabs are spread over four folds; when theirs are full all continue in the first one, which
+    one of them then has two pairs of, until the last place is taken."""
+    layout = SlabLayout(600, 2, 1, 1)
+    table, lens = make_batch([180] * 3, layout, np.random.default_rng(0))
+    planner, lens = DecodePlanner(layout, PlanShape(3, 0, 4, 4)), lens - 52
+    assert planner.plan(table, lens).needed == (0, 3, 0)
+    for step in range(1, 43):
+        plan = planner.advance(table, lens + step)
+        assert plan is not None and plan.needed == (0, 4, 0)
+        check_plan(plan, table, lens + step, layout)
+    assert plan.pair_seq[0, :4].tolist() == [0, 0, 1, 2] and (plan.slab_len > 0).sum() == 4 * 128 - 2
+    assert planner.advance(table, lens + 43) is None
+    with pytest.raises(PlanOverflowError):
+        planner.plan(table, lens + 43)
 
 
 @pytest.mark.parametrize("window,entry", [(0, 12), (64, 12), (0, -1)])
