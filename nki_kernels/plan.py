@@ -8,7 +8,7 @@ to S sequences; a *shared* fold is a full fold that up to S0 sequences begin wit
 of a step follows the folds, not num_seqs times the longest context.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -152,6 +152,7 @@ def smallest_shape(
     table = None if block_table is None or per_shared < 2 else np.asarray(block_table)
     demand = demand_of(lens, layout, q_len, sliding_window, table, per_shared, None, None)
     members = demand.shared.members if demand.shared is not None else []
+    shared = len(members), max(map(len, members), default=1)
     full, best, best_ns = int(demand.full.sum()), PlanShape(len(lens), 0, 1, 1), float("inf")
     seqs = 1
     while seqs == 1 or (seqs * columns_per_seq <= max_columns and seqs <= len(lens)):
@@ -159,10 +160,8 @@ def smallest_shape(
         cost = max(_TENSOR_NS, _VECTOR_NS + _VECTOR_COLUMN_NS * seqs * columns_per_seq)
         if mixed * cost < best_ns:
             best_ns = mixed * cost
-            best = PlanShape(len(lens), full, mixed if full + mixed + len(members) else 1, seqs, num_cores)
+            best = PlanShape(len(lens), full, mixed if full + mixed + len(members) else 1, seqs, num_cores, *shared)
         seqs += 1
-    if members:
-        best = replace(best, shared_folds=len(members), seqs_per_shared_fold=max(map(len, members)))
     return best.even() if best.fold_shards(layout.num_kv_heads) > 1 else best
 
 

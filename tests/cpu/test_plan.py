@@ -268,6 +268,14 @@ def test_a_common_prefix_is_planned_once(parts):
     assert plan.plan_shape == (0, shape.mixed_folds, shape.seqs_per_mixed_fold, 32 // parts, parts, 8)
 
 
+def test_sequences_may_have_nothing_but_their_common_prefix():
+    layout, table = SlabLayout(200, 1, 16, 16), np.arange(1, 129, dtype=np.int32)[None].repeat(2, axis=0)
+    lens = np.full(2, 2048, np.int32)
+    shape = smallest_shape(lens, layout, columns_per_seq=1, max_columns=8, block_table=table)
+    assert shape == PlanShape(2, 0, 0, 1, shared_folds=1, seqs_per_shared_fold=2)
+    check_plan(plan_decode(table, lens, layout, shape, check=True), table, lens, layout)
+
+
 def test_ragged_batch_costs_its_live_blocks():
     """Eight sequences of 128..8192 tokens need four folds, as many as their 512 blocks fill."""
     layout = SlabLayout(1024, 1, 32, 32)
