@@ -304,7 +304,7 @@ def start_long_answer(tmp_path: Path) -> subprocess.Popen[bytes]:
     """A run that would take minutes, returned when its first text is out."""
     process = subprocess.Popen(
         [sys.executable, "-m", "neuron_paged", "generate", "--prompt", "Tell me a long story.", "--max-tokens", "4000",
-         "--ignore-eos", "--stream", "--json", str(tmp_path / "out.json"), *GREEDY],
+         "--ignore-eos", "--stream", "--quiet", "--json", str(tmp_path / "out.json"), *GREEDY],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, env=environment(),
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells ignore it for background jobs
     )  # fmt: skip
