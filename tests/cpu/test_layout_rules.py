@@ -25,6 +25,9 @@ ENVIRONMENT_READERS = {"neuron_paged/env.py", "nki_kernels/simulator/runner.py",
 ROOM_ORDER = {
     "ops": 0, "models": 1, "integrations": 1, "engine": 2, "planning": 3, "bench": 3, "serving": 3, "jobs": 3, "cli": 4,
 }  # fmt: skip
+# Longer than MAX_LINES because one class is one thing: a step's decisions, and NKI's public tensor interface.
+MAX_LINES = 400
+LONG_FILES = {"neuron_paged/engine/scheduler.py", "nki_kernels/simulator/tensor.py"}
 Finding = tuple[int, str]
 Rule = Callable[[str, str, ast.Module], Iterator[Finding]]
 
@@ -118,6 +121,12 @@ def product_rooms(path: str, text: str, tree: ast.Module) -> Iterator[Finding]:
             yield line, f"{parts[1]} may not import {module}: the arrows go cli, bench, engine, models, ops"
 
 
+def file_length(path: str, text: str, tree: ast.Module) -> Iterator[Finding]:
+    lines = len(text.splitlines())
+    if Path(path).parts[0] in PACKAGES and path not in LONG_FILES and lines > MAX_LINES:
+        yield lines, f"{lines} lines: divide the file into parts of at most {MAX_LINES}, each with its own subject"
+
+
 def engine_host_without_torch(path: str, text: str, tree: ast.Module) -> Iterator[Finding]:
     if path not in ENGINE_HOST:
         return
@@ -147,6 +156,7 @@ RULES: list[Rule] = [
     relative_imports,
     leaf_packages,
     product_rooms,
+    file_length,
     engine_host_without_torch,
     environment_reads,
 ]  # fmt: skip
@@ -189,6 +199,7 @@ BROKEN = [
     (leaf_packages, "nki_kernels/x.py", "import nki.language as nl\n"),
     (product_rooms, "neuron_paged/ops/x.py", "from neuron_paged.models.layers import y\n"),
     (product_rooms, "neuron_paged/engine/x.py", "from neuron_paged.cli import main\n"),
+    (file_length, "compile/x.py", "x = 1\n" * (MAX_LINES + 1)),
     (engine_host_without_torch, "neuron_paged/engine/scheduler.py", "def f():\n    import torch\n"),
     (engine_host_without_torch, "neuron_paged/engine/batch.py", "from neuron_paged.models.inputs import y\n"),
     (environment_reads, "compile/x.py", 'import os\nos.environ["A"]\n'),
@@ -206,6 +217,7 @@ ALLOWED = [
     (compile_name, "neuron_paged/x.py", "import re\nre.compile('a')\ncompile('1', 'f', 'eval')\n"),
     (leaf_packages, "compile/x.py", "import numpy as np\n\ndef f():\n    import torch_xla\n"),
     (leaf_packages, "nki_kernels/paged_attention_decode_ref.py", "import torch\n"),
+    (file_length, "compile/x.py", "x = 1\n" * MAX_LINES),
     (product_rooms, "neuron_paged/bench/x.py", "from neuron_paged.engine.llm import LLM\n"),
 ]
 
