@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -23,13 +24,14 @@ def run_child(
     python: Path | None = None,
     environment: Mapping[str, str] | None = None,
     while_waiting: Callable[[], None] = lambda: None,
+    timeout_s: float | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Call `module.main(arguments)` in a new interpreter and wait for it; its output is captured.
 
     python: interpreter of another virtual environment; None = this one. The child sees what this process can import,
     except for packages that this process's environment installed when it is another one. It ends with this call: an
     exception here (Ctrl-C too) kills it; if this process is killed, the child's standard input ends, and so does the
-    child. while_waiting: called a few times per second.
+    child. while_waiting: called a few times per second. Raises subprocess.TimeoutExpired after timeout_s.
     """
     interpreter = Path(sys.executable) if python is None else python
     search_path = [str(Path(entry).resolve()) for entry in sys.path]  # "" is the working directory
@@ -53,6 +55,7 @@ def run_child(
             {**kept, "PYTHONHASHSEED": "0", **(environment or {})},
             ours,
             while_waiting,
+            timeout_s,
         )
     finally:
         os.close(ours)
@@ -60,8 +63,13 @@ def run_child(
 
 
 def _communicate(
-    command: list[str], environment: Mapping[str, str], stdin: int, while_waiting: Callable[[], None]
+    command: list[str],
+    environment: Mapping[str, str],
+    stdin: int,
+    while_waiting: Callable[[], None],
+    timeout_s: float | None,
 ) -> subprocess.CompletedProcess[str]:
+    started = time.monotonic()
     with subprocess.Popen(
         command, env=environment, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -71,6 +79,8 @@ def _communicate(
                     stdout, stderr = process.communicate(timeout=_POLL_S)
                     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
                 except subprocess.TimeoutExpired:
+                    if timeout_s is not None and time.monotonic() - started > timeout_s:
+                        raise subprocess.TimeoutExpired(command, timeout_s) from None
                     while_waiting()
         except BaseException:
             process.kill()

@@ -13,8 +13,6 @@ import binascii
 import importlib
 import inspect
 import json
-import pickle
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -34,7 +32,7 @@ TARGET_VARIABLE = "NEURON_PLATFORM_TARGET_OVERRIDE"
 IN_PLACE_SUFFIX = ".must_alias_input"
 # Beside the kernel's own file: constants that it names.
 CONSTANTS = "*.npy"
-REQUESTS, RESULT = "requests.pickle", "result.pickle"
+_REQUESTS, _RESULT = "requests.json", "result.json"
 
 
 class NkiError(Exception):
@@ -49,7 +47,8 @@ class TensorArgument(NamedTuple):
 
 
 class KernelRequest(NamedTuple):
-    """kernel: "module.function" below nki_kernels. arguments: by name; what is no TensorArgument is a constant."""
+    """kernel: "module.function" below nki_kernels. arguments: by name; what is no TensorArgument is a constant: a
+    number, string, bool, None or a tuple of them."""
 
     kernel: str
     arguments: Mapping[str, Any]
@@ -124,8 +123,11 @@ def _need(ok: bool, release: str, what: str) -> None:
 
 def compile_kernel(
     nki: _Interface, request: KernelRequest, target: str, num_cores: int, folder: Path
-) -> CompiledKernel:
-    """Translate one kernel for this process's target; nki keeps its files in the empty folder. Raises NkiError."""
+) -> dict[str, Any]:
+    """Translate one kernel for this process's target; nki keeps its files in the empty folder.
+
+    CompiledKernel's fields as JSON values, with the files' paths. Raises NkiError.
+    """
     module, _, name = request.kernel.rpartition(".")
     kernel: Any = getattr(importlib.import_module(f"nki_kernels.{module}"), name)
     if not isinstance(kernel, nki.kernel):
@@ -163,8 +165,8 @@ def _numpy_dtype(name: str) -> "np.dtype[Any]":
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
-def _collect(nki: _Interface, name: str, result: Any) -> CompiledKernel:
-    """nki's result, checked."""
+def _collect(nki: _Interface, name: str, result: Any) -> dict[str, Any]:
+    """nki's result, checked. See compile_kernel."""
     _need(hasattr(result, "build_config"), nki.version, "a result with build_config()")
     _need(hasattr(result, "is_tuple_return"), nki.version, "a result with is_tuple_return")
     built = result.build_config()
@@ -187,10 +189,9 @@ def _collect(nki: _Interface, name: str, result: Any) -> CompiledKernel:
     if result.is_tuple_return and len(outputs) == 1:
         raise NkiError(f"{name}: it returns a tuple of one tensor, need the tensor")
     aliases = sorted((int(output), int(operand)) for operand, output in built.operand_output_aliases.items())
-    files = {file.name: file.read_bytes() for file in [path, *sorted(path.parent.glob(CONSTANTS))]}
-    return CompiledKernel(
-        config, files, tuple(key.removesuffix(IN_PLACE_SUFFIX) for key in inputs), outputs, tuple(aliases)
-    )
+    files = [str(file) for file in [path, *sorted(path.parent.glob(CONSTANTS))]]
+    operands = [key.removesuffix(IN_PLACE_SUFFIX) for key in inputs]
+    return {"config": config, "files": files, "inputs": operands, "outputs": outputs, "aliases": aliases}
 
 
 def _output(nki: _Interface, spec: Any) -> TensorArgument:
@@ -201,19 +202,63 @@ def _output(nki: _Interface, spec: Any) -> TensorArgument:
         raise NkiError(f"nki {nki.version}: output dtype {spec.dtype!r}: need a numpy dtype's name") from error
 
 
+def write_requests(folder: Path, target: str, num_cores: int, requests: Sequence[KernelRequest]) -> None:
+    """What main() reads. None of them: it only says whether nki is there."""
+    kernels = [
+        {
+            "kernel": request.kernel,
+            "tensors": {name: v for name, v in request.arguments.items() if isinstance(v, TensorArgument)},
+            "constants": {name: v for name, v in request.arguments.items() if not isinstance(v, TensorArgument)},
+        }
+        for request in requests
+    ]
+    (folder / _REQUESTS).write_text(json.dumps({"target": target, "num_cores": num_cores, "kernels": kernels}))
+
+
+def read_result(folder: Path) -> tuple[str, list[CompiledKernel]]:
+    """nki's version and the kernels that main() made.
+
+    Raises the NkiError that it ended with, FileNotFoundError or JSONDecodeError if it did not come to its end.
+    """
+    result = json.loads((folder / _RESULT).read_text())
+    if "error" in result:
+        raise NkiError(result["error"])
+    kernels = [
+        CompiledKernel(
+            made["config"],
+            {Path(file).name: Path(file).read_bytes() for file in made["files"]},
+            tuple(made["inputs"]),
+            tuple(TensorArgument(tuple(shape), dtype) for shape, dtype in made["outputs"]),
+            tuple((output, operand) for output, operand in made["aliases"]),
+        )
+        for made in result["kernels"]
+    ]
+    return result["version"], kernels
+
+
+def _request(values: Mapping[str, Any]) -> KernelRequest:
+    tensors = {name: TensorArgument(tuple(shape), dtype) for name, (shape, dtype) in values["tensors"].items()}
+    constants = {name: _as_tuples(value) for name, value in values["constants"].items()}
+    return KernelRequest(values["kernel"], tensors | constants)
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
+
+
 def main(arguments: Sequence[str]) -> None:
-    """Entry of the child process: FOLDER/requests.pickle, (target, num_cores, KernelRequests) → FOLDER/result.pickle,
-    {"version", "kernels"} or {"error"}. No requests: only whether nki is there."""
+    """Entry of the child process: write_requests' file in the folder that it is given → read_result's."""
     folder = Path(arguments[0])
-    target, num_cores, requests = pickle.loads((folder / REQUESTS).read_bytes())
+    wanted = json.loads((folder / _REQUESTS).read_text())
     result: dict[str, Any] = {}
     try:
         nki = find_nki()
         kernels = []
-        for request in requests:
-            with tempfile.TemporaryDirectory(dir=folder, prefix="nki-") as name:
-                kernels.append(compile_kernel(nki, request, target, num_cores, Path(name)))
+        for number, values in enumerate(wanted["kernels"]):
+            place = folder / str(number)
+            place.mkdir()
+            kernels.append(compile_kernel(nki, _request(values), wanted["target"], wanted["num_cores"], place))
         result = {"version": nki.version, "kernels": kernels}
     except NkiError as error:
         result = {"error": str(error)}
-    (folder / RESULT).write_bytes(pickle.dumps(result))
+    (folder / _RESULT).write_text(json.dumps(result))

@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--memory", type=memory_size, metavar="SIZE", help="budget of all compilers together, e.g. 64GiB"
     )
-    group.add_argument("--timeout", type=positive_int, metavar="S", help="seconds per graph (default: none)")
+    group.add_argument("--timeout", type=positive_int, metavar="S", help="seconds per graph or kernel (default: none)")
     group.add_argument("--logs", metavar="FOLDER", help="keeps the logs of failed graphs (default: neuron-paged-logs)")
     group.add_argument(
         "--lease", type=positive_int, default=600, metavar="S",

@@ -45,9 +45,9 @@ class CompilerSettings:
     """How a target's compiler is run.
 
     lnc: logical cores, None = the target's default. flags: words for both phases, after ours; environment_flags:
-    NEURON_CC_FLAGS, before them. max_jobs, memory_bytes, timeout_s: see compile_graphs. executable: of the compiler.
-    log_folder: for what failed. allow_unknown: take a newer compiler for the newest known one. nki_python: interpreter
-    of an environment with nki, None = this one.
+    NEURON_CC_FLAGS, before them. max_jobs, memory_bytes: see compile_graphs. timeout_s: per graph, and of nki per
+    kernel. executable: of the compiler. log_folder: for what failed. allow_unknown: take a newer compiler for the
+    newest known one. nki_python: interpreter of an environment with nki, None = this one.
     """
 
     lnc: int | None = None
@@ -171,6 +171,7 @@ def plan_build(
             kernels,
             backend.compiler.version,
             settings.nki_python,
+            settings.timeout_s,
         )
         fields = fields_of(operators)
     require_torch_xla(python)

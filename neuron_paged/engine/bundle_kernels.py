@@ -64,9 +64,11 @@ def neuron_operators(
     kernels: str | None,
     compiler_version: str,
     nki_python: Path | None = None,
+    timeout_s: float | None = None,
 ) -> Operators:
     """For model.target, a Neuron target. kernels: None = NKI kernels where there is an nki for them, else plain
     operations and a note. compiler_version: neuronx-cc's. nki_python: interpreter that has nki, None = this one.
+    timeout_s: of nki, per kernel.
 
     Raises ConfigError for kernels="nki" with a model or buckets that they don't take, MissingPackageError without nki
     of the compiler's SDK.
@@ -76,7 +78,7 @@ def neuron_operators(
     note = ""
     if kernels != "plain":
         try:
-            found = _nki_operators(model._replace(num_cores=lnc), limits, names, kernels, nki_python)
+            found = _nki_operators(model._replace(num_cores=lnc), limits, names, kernels, nki_python, timeout_s)
             _check_release(found, compiler_version)
             return found
         except (ConfigError, MissingPackageError) as error:
@@ -107,7 +109,12 @@ def _check_release(operators: Operators, compiler_version: str) -> None:
 
 
 def _nki_operators(
-    model: GraphModel, limits: SchedulerConfig, names: Sequence[str] | None, kernels: str | None, python: Path | None
+    model: GraphModel,
+    limits: SchedulerConfig,
+    names: Sequence[str] | None,
+    kernels: str | None,
+    python: Path | None,
+    timeout_s: float | None,
 ) -> Operators:
     unsupported = model.decode_problem.unsupported()
     if unsupported:
@@ -124,4 +131,5 @@ def _nki_operators(
             raise ConfigError(f"buckets: {bucket.name}: {error}") from error
     if kernels is None and python is None and find_spec("nki") is None:  # spares starting a process
         raise MissingPackageError(f"NKI kernels: nki is not installed. Install it: {INSTALL}.")
-    return Operators("nki", model, tuple(buckets), NkiKernelCompiler(model.target, model.num_cores, python=python))
+    nki = NkiKernelCompiler(model.target, model.num_cores, python=python, timeout_s=timeout_s)
+    return Operators("nki", model, tuple(buckets), nki)

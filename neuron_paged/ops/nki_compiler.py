@@ -8,7 +8,7 @@ process of its own, which nki_kernels.nki_entry_point owns, so it need not be in
 import base64
 import hashlib
 import json
-import pickle
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,12 +20,13 @@ from compile.graph_spec import TensorSpec
 from compile.kernel_calls import KernelBlob, KernelCall
 from nki_kernels.nki_entry_point import (
     NKI_RELEASE,
-    REQUESTS,
-    RESULT,
     TARGET_VARIABLE,
     CompiledKernel,
     KernelRequest,
+    NkiError,
     TensorArgument,
+    read_result,
+    write_requests,
 )
 from nki_kernels.plan_shape import PlanShape
 from nki_kernels.prefill_plan import PrefillBucket
@@ -34,6 +35,8 @@ INSTALL = f"pip install --extra-index-url https://pip.repos.neuron.amazonaws.com
 # In configs, so that a graph's bytes don't depend on where nki ran. neuronx-cc looks for a file that is not at its
 # path under the path's last two parts, in the directory where it was started (NCC_EVRF059).
 ARTIFACT_ROOT = "/neuron-paged"
+# For importing nki, to see whether it is there.
+_START_TIMEOUT_S = 120.0
 
 _SIMPLE = {
     "reshape_and_cache": "cache_ops.reshape_and_cache",
@@ -78,16 +81,19 @@ class NkiKernelCompiler:
     """Makes blobs of kernel calls with a real nki, each call once.
 
     target, num_cores: NEURON_PLATFORM_TARGET_OVERRIDE's name and LNC degree. python: interpreter of an environment with
-    nki, None = this one. Raises MissingPackageError unless nki is there, of NKI_RELEASE and with the known interface.
+    nki, None = this one. timeout_s: per kernel. Raises MissingPackageError unless nki is there, of NKI_RELEASE and with
+    the known interface.
     """
 
-    def __init__(self, target: str, num_cores: int, *, python: Path | None = None) -> None:
-        self._target, self._num_cores, self._python = target, num_cores, python
+    def __init__(
+        self, target: str, num_cores: int, *, python: Path | None = None, timeout_s: float | None = None
+    ) -> None:
+        self._target, self._num_cores, self._python, self._timeout_s = target, num_cores, python, timeout_s
         self._blobs: dict[KernelCall, KernelBlob] = {}
-        found = self._run(())
-        if "error" in found:
-            raise MissingPackageError(f"NKI kernels: {found['error']}. Install it: {INSTALL}.")
-        self.version: str = found["version"]
+        try:
+            self.version, _ = self._run((), _START_TIMEOUT_S)
+        except NkiError as error:
+            raise MissingPackageError(f"NKI kernels: {error}. Install it: {INSTALL}.") from error
         self.identity = f"nki {self.version} {target} lnc{num_cores}"
 
     def compile_kernels(
@@ -95,35 +101,49 @@ class NkiKernelCompiler:
     ) -> dict[KernelCall, KernelBlob]:
         """Blobs of the calls; poll: called a few times per second meanwhile.
 
-        Raises CompileError if there is no kernel for one, nki refuses it, or makes something else.
+        Raises CompileError if there is no kernel for one, nki refuses it, takes too long, or makes something else.
         """
         wanted = list(dict.fromkeys(calls))
         new = {call: invocation(call, self._num_cores) for call in wanted if call not in self._blobs}
         if new:
-            found = self._run([_request(kernel) for kernel in new.values()], poll)
-            if "error" in found:
-                raise CompileError(f"NKI kernels: {found['error']}")
-            for (call, kernel), compiled in zip(new.items(), found["kernels"], strict=True):
+            timeout_s = None if self._timeout_s is None else len(new) * self._timeout_s
+            try:
+                _, made = self._run([_request(kernel) for kernel in new.values()], timeout_s, poll)
+            except NkiError as error:
+                raise CompileError(f"NKI kernels: {error}") from error
+            for (call, kernel), compiled in zip(new.items(), made, strict=True):
                 _check(call, kernel, compiled)
                 self._blobs[call] = _blob(compiled)
         return {call: self._blobs[call] for call in wanted}
 
-    def _run(self, requests: Sequence[KernelRequest], poll: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    def _run(
+        self, requests: Sequence[KernelRequest], timeout_s: float | None, poll: Callable[[], None] = lambda: None
+    ) -> tuple[str, list[CompiledKernel]]:
         with tempfile.TemporaryDirectory(prefix="neuron-paged-nki-") as name:
             folder = Path(name)
-            (folder / REQUESTS).write_bytes(pickle.dumps((self._target, self._num_cores, list(requests))))
+            write_requests(folder, self._target, self._num_cores, requests)
             try:
                 done = run_child(
                     "nki_kernels.nki_entry_point", [name], python=self._python,
-                    environment={TARGET_VARIABLE: self._target}, while_waiting=poll,
+                    environment={TARGET_VARIABLE: self._target}, while_waiting=poll, timeout_s=timeout_s,
                 )  # fmt: skip
             except OSError as error:
                 raise MissingPackageError(f"NKI kernels: {self._python} can't be run ({error.strerror}).") from error
-            if not (folder / RESULT).is_file():
+            except subprocess.TimeoutExpired as error:
+                if not requests:
+                    raise CompileError(f"NKI kernels: importing nki took longer than {timeout_s:g} s.") from error
+                names = ", ".join(sorted({request.kernel.partition(".")[2] for request in requests}))
+                raise CompileError(
+                    f"NKI kernels: nki took longer than {timeout_s:g} s for {len(requests)} of them ({names}); raise "
+                    "--timeout or use smaller buckets"
+                ) from error
+            try:
+                return read_result(folder)
+            except (FileNotFoundError, json.JSONDecodeError) as error:  # it wrote nothing, or not to its end
                 said = " / ".join([line for line in done.stderr.splitlines() if line.strip()][-3:]) or "nothing"
-                raise CompileError(f"NKI kernels: the process with nki ended with exit code {done.returncode}: {said}")
-            result: dict[str, Any] = pickle.loads((folder / RESULT).read_bytes())
-            return result
+                raise CompileError(
+                    f"NKI kernels: the process with nki ended with exit code {done.returncode}: {said}"
+                ) from error
 
 
 def _request(kernel: Invocation) -> KernelRequest:

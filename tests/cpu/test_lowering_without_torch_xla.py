@@ -49,13 +49,27 @@ def test_child_has_the_pinned_environment_and_not_the_parents(monkeypatch: pytes
     assert done.stdout.split() == ["PJRT_DEVICE=CPU", "PYTHONHASHSEED=0"]
 
 
+WAITING = """
+import os, time
+from pathlib import Path
+def main(arguments):
+    Path(arguments[0]).write_text(str(os.getpid()))
+    time.sleep(600)
+"""
+
+
+def test_a_child_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "waiting.py").write_text(WAITING)
+    monkeypatch.syspath_prepend(tmp_path)
+    pid = tmp_path / "pid"
+    with pytest.raises(subprocess.TimeoutExpired, match="timed out after 2 seconds"):
+        run_child("waiting", [str(pid)], timeout_s=2)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
 def test_the_child_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
-    (tmp_path / "waiting.py").write_text(
-        "import os, time\nfrom pathlib import Path\n"
-        "def main(arguments):\n"
-        "    Path(arguments[0]).write_text(str(os.getpid()))\n"
-        "    time.sleep(600)\n"
-    )
+    (tmp_path / "waiting.py").write_text(WAITING)
     code = "import sys; from compile.child_process import run_child; run_child('waiting', sys.argv[1:])"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (tmp_path, Path(__file__).parents[2])))}
     parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "pid")], env=environment)

@@ -191,6 +191,15 @@ def test_what_nki_gives_or_says_is_one_error(nki: Path, old: str, new: str, says
     assert "\n" not in str(error.value)
 
 
+def test_an_nki_that_does_not_end_is_told(nki: Path) -> None:
+    compiler = NkiKernelCompiler("trn2", 1, timeout_s=0.4)
+    text = (nki / COMPILED).read_text()
+    (nki / COMPILED).write_text(text.replace("    run = sim", "    import time; time.sleep(600)\n    run = sim"))
+    says = r"nki took longer than 0.8 s for 2 of them \(reshape_and_cache, rotary_embedding\); raise --timeout or use"
+    with pytest.raises(CompileError, match=says):
+        compiler.compile_kernels([WRITE, call_of("rotary_embedding", *rotary())])
+
+
 def test_an_installed_nki_changes_nothing_but_what_compiles_kernels(nki: Path) -> None:
     """The simulator runs the kernels in an environment that has nki, too."""
     command = [sys.executable, "-m", "neuron_paged", "kernels", "profile", "decode", "--context-lens", "40"]
