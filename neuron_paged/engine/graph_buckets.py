@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which buckets an engine compiles when nobody says: ladders from its limits."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
+from functools import partial
 
 from compile.buckets import (
     FOLD_SLABS,
@@ -45,25 +47,31 @@ def default_buckets(model: GraphModel, limits: SchedulerConfig, *, planned: bool
 
 
 def _planned_decode(model: GraphModel, limits: SchedulerConfig, seqs: Sequence[int]) -> list[DecodeBucket]:
-    """For each number of rows: short contexts that share folds, a fold per row, and full folds up to the limit. For the
-    largest also rows that begin with the same blocks, and have some two folds each of their own."""
+    """For each number of rows: short contexts that share folds, a fold per row, and full folds up to the limit or the
+    kernel's. For the largest also rows that begin with the same blocks, and have some two folds each of their own."""
     problem = model.decode_problem
     most = max(1, problem.max_columns // problem.columns_per_seq)
+    apart = min(2, most)  # a fold per row holds every rest in twos; room for more would only cost the kernel pairs
     full = limits.max_model_len // problem.slab_tokens // FOLD_SLABS
+
+    def fits(bucket: DecodeBucket) -> bool:
+        if problem.unsupported():
+            return False
+        return problem.sbuf_bytes(decode_shape(model, bucket)) <= problem.sbuf_budget_bytes
+
+    def exceeds(num_seqs: int, full_folds: int) -> bool:
+        return not fits(DecodeBucket(num_seqs, full_folds, num_seqs, apart))
+
     found: dict[DecodeBucket, None] = {}
     for n in seqs:
         together = min(n, most, _SEQS_PER_FOLD)
         groups = -(-n // together)
-        sizes = [(0, groups, 0), (0, n, 0)]
-        sizes += [(folds, n, 0) for folds in ladder(1, n * full, growth=_CONTEXT_GROWTH)] if full else []
+        wanted = [DecodeBucket(n, 0, groups, together), DecodeBucket(n, 0, n, apart)]
+        folds = bisect_left(range(1, n * full + 1), True, key=partial(exceeds, n))
+        wanted += [DecodeBucket(n, f, n, apart) for f in (ladder(1, folds, growth=_CONTEXT_GROWTH) if folds else [])]
         if n == seqs[-1] and together > 1 and full > 1:
-            sizes.append((n, n, groups * min(full - 1, _PREFIX_FOLDS)))
-        for full_folds, mixed_folds, shared_folds in sizes:
-            bucket = DecodeBucket(n, full_folds, mixed_folds, together, shared_folds)
-            if problem.unsupported():
-                continue
-            if problem.sbuf_bytes(decode_shape(model, bucket)) <= problem.sbuf_budget_bytes:
-                found[bucket] = None
+            wanted.append(DecodeBucket(n, n, n, together, groups * min(full - 1, _PREFIX_FOLDS)))
+        found.update(dict.fromkeys(bucket for bucket in wanted if fits(bucket)))
     return list(found) or [DecodeBucket(1, full, 1, 1)]
 
 

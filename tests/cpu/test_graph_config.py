@@ -2,6 +2,7 @@
 """Settings of graph executors: what can't work is refused by name before a model is loaded; default ladders hold
 whatever the scheduler may make."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,18 @@ def test_default_planned_ladders_hold_a_sequence_of_any_length(sizes: tuple[int,
         lens = np.array([context_len], np.int32)
         assert any(DecodeRowsPlanner(model, bucket).plan(table, lens) for bucket in decode)
     assert max(bucket.num_seqs for bucket in decode) <= seqs and len(buckets) <= 60
+
+
+def test_default_planned_buckets_take_many_long_contexts_at_once() -> None:
+    """64 rows of up to 16384 tokens, 8 KV heads: mixed folds with room for 8 rows each would exceed SBUF."""
+    config = replace(CONFIG, num_heads=32, num_kv_heads=8, head_dim=128, hidden_size=4096)
+    model = GraphModel(config, "bfloat16", 32768, 32, 40000, "bfloat16")
+    limits = SchedulerConfig(max_num_seqs=64, max_num_batched_tokens=2048, max_model_len=32768)
+    random = np.random.default_rng(0)
+    lens = random.integers(1, 16384, 64).astype(np.int32)
+    table = random.permutation(np.arange(1, 64 * 512 + 1, dtype=np.int32)).reshape(64, 512)
+    decode = [b for b in default_buckets(model, limits, planned=True) if isinstance(b, DecodeBucket)]
+    assert any(DecodeRowsPlanner(model, b).plan(table, lens) for b in decode if b.num_seqs == 64)
 
 
 def test_planned_bucket_needs_what_the_kernels_plan_uses() -> None:
