@@ -124,9 +124,15 @@ def test_small_descriptors_are_bound_by_their_generator():
     assert report.timeline.busy_ns["dma"] < report.timeline.busy_ns["gpsimd"]
 
 
-def test_transposes_by_an_identity_matrix_are_no_products():
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_transposes_by_an_identity_matrix_are_no_products(is_shared):
     def body():
-        eye = nl.shared_identity_matrix(128, dtype=nl.bfloat16)
+        ramp, eye = nl.zeros((128, 128), dtype=nl.float32), nl.zeros((128, 128), dtype=nl.bfloat16)
+        if is_shared:
+            eye = nl.shared_identity_matrix(128, dtype=nl.bfloat16)
+        else:
+            nisa.iota(dst=ramp, pattern=[[1, 128]], offset=0, channel_multiplier=-1)
+            nisa.tensor_scalar(dst=eye, data=ramp, op0=nl.equal, operand0=0.0)
         data = nl.zeros((128, 128), dtype=nl.bfloat16)
         moving = nl.zeros((128, 512), dtype=nl.bfloat16)
         turned = nl.ndarray((128, 128), dtype=nl.float32, buffer=nl.psum)
