@@ -25,6 +25,7 @@ from nki_kernels.toolchain import nisa, nki, nl
 ROWS = 128  # partitions, and indices of one vector-offset DMA
 RING = 4  # tiles in flight between VectorE and the scatters
 SETS = 2  # tiles of 128 tokens in flight
+MAX_TOKEN_BYTES = 32 * 1024  # of a token's keys: K and V of two sets leave a third of trn1's SBUF
 COPY_BUDGET_BYTES = 96 * 1024  # of a partition, for the contents that copy_blocks holds between reading and writing
 MIN_COPY_RUN_BYTES = 512  # below this a descriptor moves less than a tenth of the DMA rate
 MAX_INT32 = 2**31 - 1
@@ -44,6 +45,10 @@ def check_reshape_and_cache(
     require_range(kernel, "head_dim", head_dim, 1, 512)
     require_one_of(kernel, "dtype", dtype, KERNEL_DTYPES)
     require_one_of(kernel, "kv_cache dtype", cache_dtype, (*KERNEL_DTYPES, *FP8_DTYPES))
+    most = MAX_TOKEN_BYTES // (head_dim * dtype_itemsize(dtype))
+    if num_kv_heads > most:
+        need = f"at most {most} of head_dim {head_dim} in {dtype}, {MAX_TOKEN_BYTES} bytes"
+        raise refuse(kernel, "num_kv_heads", num_kv_heads, need, "Fewer heads per core.")
     rows = 2 * num_blocks * num_kv_heads * block_size
     if rows > MAX_INT32:
         blocks = MAX_INT32 // (2 * num_kv_heads * block_size)

@@ -127,6 +127,14 @@ def test_a_call_of_padded_rows_only_writes_nothing():
         np.testing.assert_array_equal(bits(kv_cache), before)
 
 
+def test_as_many_heads_as_a_call_takes_fit_sbuf():
+    key, value, kv_cache, slots = random_write(np.random.default_rng(12), 300, 32, 16, 256, "float32", "float32")
+    check_reshape_and_cache(300, len(kv_cache), 32, 16, 256, "float32", "float32")
+    expected = expected_cache(key, value, kv_cache, slots)
+    simulator.run(reshape_and_cache, key, value, kv_cache, slots, target="trn1", strict=True)
+    np.testing.assert_array_equal(bits(kv_cache), bits(expected))
+
+
 def test_the_first_and_the_last_slot_of_the_pool_are_written():
     key, value, kv_cache, _ = random_write(np.random.default_rng(6), 2, 2, 16, 64, "bfloat16", "bfloat16", 5)
     slots = np.array([16, 5 * 16 - 1], np.int32)
@@ -214,6 +222,7 @@ def test_copy_blocks_equals_the_reference_for_any_mapping(data):
     [
         ({"block_size": 24}, "block_size: got 24, need one of 16, 32, 64, 128. Nearest supported: 16."),
         ({"num_tokens": 0}, "num_tokens: got 0, need 1..1048576. Nearest supported: 1."),
+        ({"num_kv_heads": 65, "head_dim": 256}, "num_kv_heads: got 65, need at most 64 of head_dim 256 in bfloat16"),
         ({"dtype": "int8"}, "dtype: got int8, need one of float32, bfloat16, float16."),
         ({"num_blocks": 1 << 28}, "num_blocks: got 268435456, need at most 8388607."),
     ],
