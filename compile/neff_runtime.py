@@ -5,11 +5,9 @@ has nrtpy's documented interface.
 One process, one logical core. What a NEFF's tensors are called, neff_names.py knows.
 """
 
-import hashlib
-import os
+import tempfile
 import threading
 from collections.abc import Mapping, MutableMapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,17 +43,16 @@ def require_nrtpy() -> Any:
 class NeffRuntime:
     """nrtpy on one logical core.
 
-    folder: private one for NEFF files, which nrtpy loads by path; they are named by their sha256 and may be deleted
-    when nothing runs. core_id: among the cores that NEURON_RT_VISIBLE_CORES shows. described: where NEFFs come from,
-    for messages. The device is claimed by the first tensor or NEFF. Raises MissingPackageError.
+    core_id: among the cores that NEURON_RT_VISIBLE_CORES shows. described: where NEFFs come from, for messages. The
+    device is claimed by the first tensor or NEFF. Raises MissingPackageError.
     """
 
     is_host_memory = False
     num_compiles = 0
 
-    def __init__(self, folder: Path, *, core_id: int = 0, described: str = "") -> None:
+    def __init__(self, *, core_id: int = 0, described: str = "") -> None:
         self._nrtpy = require_nrtpy()
-        self._folder, self._core_id, self._described = folder, core_id, described
+        self._core_id, self._described = core_id, described
         self.lock = threading.Lock()
 
     def share(self, array: NDArray[Any]) -> Buffer:
@@ -72,15 +69,21 @@ class NeffRuntime:
 
     def load_compiled(self, graph: LoweredGraph, executable: bytes) -> "NeffExecutable":
         """Load a NEFF and check its tensors against the manifest; its inputs and results get their memory here."""
-        name = graph.manifest.name
-        path = self._write_file(executable)
+        # nrtpy takes a path; the file may go afterwards, for libnrt is given a NEFF's bytes.
+        folder = tempfile.gettempdir()
+        with file_errors(f"folder {folder}"), tempfile.NamedTemporaryFile(suffix=".neff", dir=folder) as file:
+            file.write(executable)
+            file.flush()
+            model = self._load(graph.manifest.name, file.name)
+        return NeffExecutable(self, graph, model)
+
+    def _load(self, name: str, path: str) -> Any:
         try:
-            model = self._nrtpy.NrtpyModel.load_from_neff(path, name=name, core_id=self._core_id)
+            return self._nrtpy.NrtpyModel.load_from_neff(path, name=name, core_id=self._core_id)
         except Exception as error:  # nrtpy's derive from RuntimeError, its checks raise others
             raise CompileError(
                 f"{name}: nrtpy can't load the NEFF ({error}).{self._described} `neuron-paged doctor` shows versions."
             ) from error
-        return NeffExecutable(self, graph, model)
 
     def _allocate(self, array: NDArray[Any], what: str) -> Buffer:
         try:
@@ -90,20 +93,6 @@ class NeffRuntime:
                 f"executor neuron: no device memory for {what}, {array.nbytes / 2**20:.1f} MiB ({error}). Lower "
                 "num_blocks (compile with fewer), or end what else uses the core."
             ) from error
-
-    def _write_file(self, neff: bytes) -> Path:
-        path = self._folder / f"{hashlib.sha256(neff).hexdigest()}.neff"
-        with file_errors(f"folder {self._folder}"):
-            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if path.is_file() and path.read_bytes() == neff:
-                return path
-            temporary = path.with_suffix(f".{os.getpid()}.tmp")
-            try:
-                temporary.write_bytes(neff)
-                temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
-        return path
 
 
 class NeffExecutable:

@@ -9,6 +9,9 @@ from neuron_paged.env import neuron_logical_nc_config, neuron_platform_target
 from neuron_paged.errors import GraphError
 from neuron_paged.neuron_versions import neff_problems, system_versions, version_problems
 
+# Other values that NEURON_PLATFORM_TARGET_OVERRIDE may have (documentation of nki.jit), and the targets they mean.
+_TARGETS_OF_GENERATION = {"gen2": ("trn1", "inf2"), "gen3": ("trn2",), "gen4": ("trn3",)}
+
 
 @dataclass(frozen=True)
 class NeuronMachine:
@@ -28,7 +31,11 @@ def neuron_machine() -> NeuronMachine:
     else the target's default. GraphError where neither says which target it is, or the LNC is none of the target's."""
     named, instance = neuron_platform_target(), instance_type()
     family = (instance or "").partition(".")[0]
-    target = named or next((known for known in NEURON_TARGETS if family.startswith(known)), None)
+    target = next((known for known in NEURON_TARGETS if family.startswith(known)), None)
+    if named is not None:
+        meant = _TARGETS_OF_GENERATION.get(named, (named,))
+        if target not in meant:
+            target = meant[0] if len(meant) == 1 else None
     if target not in NEURON_TARGETS:
         got = f"NEURON_PLATFORM_TARGET_OVERRIDE={named}" if named else instance or "no EC2 instance type"
         raise GraphError(
@@ -36,6 +43,8 @@ def neuron_machine() -> NeuronMachine:
             "instance that hides its type, set NEURON_PLATFORM_TARGET_OVERRIDE."
         )
     cores = neuron_logical_nc_config()
+    if cores is not None and not cores.isdecimal():
+        raise GraphError(f"NEURON_LOGICAL_NC_CONFIG: got {cores!r}, need a number of cores.")
     try:
         lnc = check_lnc(target, None if cores is None else int(cores))
     except ValueError as error:

@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     statistics = _statistics(llm, outputs, seconds, num_threads)
     if not args.quiet:
         sys.stdout.flush()
-        print(_figures(statistics), file=sys.stderr)
+        print(_figures(statistics, args.executor), file=sys.stderr)
     write_json(args.json, _document(args, outputs, headers, params, statistics))
     return _report_errors(outputs)
 
@@ -207,14 +207,16 @@ def _kv_cache(llm: "LLM") -> dict[str, Any]:
     }
 
 
-def _figures(statistics: dict[str, Any]) -> str:
+def _figures(statistics: dict[str, Any], executor: str) -> str:
     first, cache = statistics["mean_time_to_first_token_s"], statistics["kv_cache"]
+    on_device = executor in ("xla", "neuron")
+    where = f"executor {executor}" if on_device else f"measured on CPU, {statistics['num_threads']} threads"
     return (
         f"{statistics['num_requests']} request(s) in {statistics['seconds']:.2f} s: "
         f"{statistics['num_prompt_tokens']} prompt tokens ({statistics['num_cached_tokens']} from the prefix cache), "
         f"{statistics['num_output_tokens']} output tokens, {statistics['output_tokens_per_s']:.1f} output tokens/s"
         + ("" if first is None else f", first token after {first:.2f} s")
-        + f" (measured on CPU, {statistics['num_threads']} threads)\n"
+        + f" ({where})\n"
         f"KV cache: at most {cache['max_used_blocks']} of {cache['num_blocks']} blocks in use = "
         f"{cache['max_used_slots']} token slots, {cache['max_used_bytes'] / 2**20:.1f} MiB; reserving max_model_len "
         f"per request would have taken {cache['slots_if_reserved_to_max_model_len']} slots"

@@ -19,7 +19,6 @@ from compile.neuron_device import PACKAGES, choose_route, neuron_device
 from compile.xla_device import XlaDevice
 from neuron_paged.collect_env import package_versions
 from neuron_paged.config import EngineConfig, GraphConfig
-from neuron_paged.env import cache_dir
 from neuron_paged.errors import ConfigError, GraphError
 from neuron_paged.neuron_machine import compiler_problems, neuron_machine
 from neuron_paged.progress import Counter, counted
@@ -123,7 +122,7 @@ def _neff_runtime(bundle: "ChosenBundle") -> NeffRuntime:
         print(f"neuron-paged: {problem}.", file=sys.stderr, flush=True)
     described = f" It was compiled by {bundle.compiler} for {bundle.bundle.fields['target']}, LNC "
     described += f"{bundle.bundle.fields['lnc']}; this machine is {neuron_machine()}."
-    return NeffRuntime(cache_dir() / "neffs", described=described + "".join(f" {problem}." for problem in problems))
+    return NeffRuntime(described=described + "".join(f" {problem}." for problem in problems))
 
 
 def _kernels(graphs: GraphConfig) -> "dict[str, Kernel] | None":
