@@ -10,6 +10,7 @@ rate, and scatters into one tensor follow each other: their number decides. Chun
 `planned_cache_write.py` in runs of tokens instead.
 """
 
+from nki_kernels.hardware import NUM_PARTITIONS as ROWS
 from nki_kernels.layout import FP8_E4M3_MAX
 from nki_kernels.support import (
     BLOCK_SIZES,
@@ -22,7 +23,6 @@ from nki_kernels.support import (
 )
 from nki_kernels.toolchain import nisa, nki, nl
 
-ROWS = 128  # partitions, and indices of one vector-offset DMA
 RING = 4  # tiles in flight between VectorE and the scatters
 SETS = 2  # tiles of 128 tokens in flight
 MAX_TOKEN_BYTES = 32 * 1024  # of a token's keys: K and V of two sets leave a third of trn1's SBUF

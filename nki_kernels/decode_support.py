@@ -6,13 +6,12 @@ Owns the limits of one call and the estimate of its SBUF; `plan` owns batches an
 
 from dataclasses import dataclass
 
-from .hardware import NUM_PARTITIONS, generation
+from .hardware import NUM_PARTITIONS, PSUM_BANK_BYTES, generation
 from .plan_shape import RING_DEPTH, PlanShape, SlabLayout, slab_tokens_of, split_units_of
+from .support import BLOCK_SIZES, ITEMSIZE
 
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3": 1, "float8_e4m3fn": 1}
 QUERY_DTYPES = ("bfloat16", "float16", "float32")
 HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
-BLOCK_SIZES = (16, 32, 64, 128)
 MAX_Q_LEN = 8
 MAX_COLUMNS = 64  # query tokens x query heads per KV head x sequences that share a matmul: TensorE's 64-cycle floor
 MAX_COLUMNS_HEAD_64 = 32  # for head_dim up to 64: slabs hold twice the tokens, and SBUF as many more scores
@@ -141,7 +140,7 @@ class DecodeProblem:
         rows, parity = min(shape.num_seqs, NUM_PARTITIONS), 2 if heads > 1 else 1
         pack, chunks = (2 if self.head_dim == 64 else 1), (2 if self.head_dim > NUM_PARTITIONS else 1)
         slab = 2 * tokens * self.head_dim * size
-        transposes = 2048 // (NUM_PARTITIONS * (4 if self.target in ("trn1", "inf2") else size))
+        transposes = PSUM_BANK_BYTES // (NUM_PARTITIONS * (4 if self.target in ("trn1", "inf2") else size))
         key_banks = -(-tokens // min(tokens, transposes * pack // chunks))
         plan = 4 * shape.table_shape(self.num_kv_heads)[1] + 4 * pairs + 8 * max(mixed, 1)
         queries = max(pack, chunks) * pairs * head_columns * size

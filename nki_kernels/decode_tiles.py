@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from nki_kernels.decode_support import ZERO_COLUMNS
+from nki_kernels.hardware import NUM_PARTITIONS, PSUM_BANK_BYTES
 from nki_kernels.plan_shape import RING_DEPTH, clears_tile, fold_order, slab_tokens_of, split_units_of
 from nki_kernels.toolchain import nisa, nl
 
-PMAX = 128
-PSUM_BANK_BYTES = 2048
+PMAX = NUM_PARTITIONS
 PSUM_FP32 = PSUM_BANK_BYTES // 4
 TINY = 1e-30  # keeps denominators of what nobody sees from zero
-MAX_COLUMNS = 64  # C: above, the moving operand leaves TensorE's 64-cycle floor and VectorE limits
 
 
 @dataclass

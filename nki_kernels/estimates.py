@@ -9,13 +9,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from . import simulator
-from .decode_support import ITEMSIZE, DecodeProblem
+from .decode_support import DecodeProblem
 from .hardware import generation
 from .kernel_estimate import KernelEstimate, from_report, useful_attention_flops
 from .paged_attention_decode import paged_attention_decode
 from .plan import plan_decode, smallest_shape
 from .plan_shape import PlanShape
 from .simulator.dtypes import to_numpy
+from .support import ITEMSIZE
 
 
 def decode_estimate(

@@ -93,22 +93,22 @@ def from_report(
     line = report.timeline
     fast, slow = report.range_ns
     return KernelEstimate(
-        kernel,
-        report.target,
-        len(report.events),
-        line.total_ns,
-        fast,
-        slow,
-        report.num_instructions,
-        line.dma_bytes,
-        line.hbm_bytes,
-        line.matmul_flops,
-        useful_flops,
-        report.bound(),
-        report.sbuf_high_water_bytes,
-        report,
-        live_kv_bytes,
-        bucket,
+        kernel=kernel,
+        target=report.target,
+        num_cores=len(report.events),
+        total_ns=line.total_ns,
+        fastest_ns=fast,
+        slowest_ns=slow,
+        num_instructions=report.num_instructions,
+        dma_bytes=line.dma_bytes,
+        hbm_bytes=line.hbm_bytes,
+        matmul_flops=line.matmul_flops,
+        useful_flops=useful_flops,
+        bound_by=report.bound(),
+        sbuf_high_water_bytes=report.sbuf_high_water_bytes,
+        report=report,
+        live_kv_bytes=live_kv_bytes,
+        bucket=bucket,
     )
 
 

@@ -54,7 +54,7 @@ def paged_attention_decode(
         Unused slots of live blocks must be finite: they are multiplied by zero. Whole unused blocks are never read.
         Row ids < 2^24: they may pass through fp32 on the device.
 
-    Pseudocode, for each KV head h and fold f (a unit), three units in flight:
+    Pseudocode, for each KV head h and fold f (a unit), two or three of which are in flight:
         slabs[P, 2, T, D]   = gather(kv_cache rows plan.rows[:, h, f])               one descriptor per slab
         scores[P, C, T]     = (slabs[:, 0] · query of the fold's pairs), masked if f is mixed
         m[C]                = max over P, T ;  p = exp(scale · (scores - m)) ;  l[C] = sum p

@@ -15,8 +15,8 @@ import numpy as np
 from .fold_packing import cut_folds, demand_of, spans_of
 from .plan_fill import fill_table
 from .plan_shape import SLABS_PER_FOLD, PlanShape, SlabLayout
+from .support import MAX_EXACT_INDEX
 
-FP32_EXACT = 1 << 24
 # Modelled ns per token slot of a fold, NeuronCore-v3: TensorE (transpose, scores, values), VectorE per score column.
 _TENSOR_NS, _VECTOR_NS, _VECTOR_COLUMN_NS = 107.0, 36.0, 3.4
 
@@ -122,10 +122,10 @@ def _as_lens(context_lens: np.ndarray, q_len: int) -> np.ndarray:
         raise ValueError(f"context_lens: got {list(lens.shape)} {lens.dtype}, need [num_seqs] int32.")
     lens = lens.astype(np.int64)
     low = int(lens.min())
-    if low < 0 or (q_len > 1 and ((lens > 0) & (lens < q_len)).any()) or int(lens.max()) >= FP32_EXACT:
+    if low < 0 or (q_len > 1 and ((lens > 0) & (lens < q_len)).any()) or int(lens.max()) >= MAX_EXACT_INDEX:
         raise ValueError(
-            f"context_lens: got values {low}..{int(lens.max())}, need 0 (a padded row) or {q_len}..{FP32_EXACT - 1}: "
-            "the query tokens of this step are included."
+            f"context_lens: got values {low}..{int(lens.max())}, need 0 (a padded row) or "
+            f"{q_len}..{MAX_EXACT_INDEX - 1}: the query tokens of this step are included."
         )
     return lens
 

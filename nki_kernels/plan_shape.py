@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from .hardware import NUM_PARTITIONS
+from .support import MAX_EXACT_INDEX
 
 SLABS_PER_FOLD = NUM_PARTITIONS
 RING_DEPTH = 5  # slab tiles in flight in the kernel
 MAX_SLAB_BYTES = 16 * 1024  # per partition and tile: large enough for the DMA rate, small enough for RING_DEPTH tiles
 MAX_SLAB_BYTES_V2 = 8 * 1024  # NeuronCore-v2: less SBUF, and cheaper descriptors
-MAX_INDEX = 1 << 24  # row ids pass through fp32 on some paths: exact below this
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class SlabLayout:
             raise ValueError(
                 f"SlabLayout.slab_tokens: got {self.slab_tokens}, need a divisor of block_size {self.block_size}."
             )
-        if self.dead_row + 2 * self.row_step * self.num_kv_heads >= MAX_INDEX:
+        if self.dead_row + 2 * self.row_step * self.num_kv_heads >= MAX_EXACT_INDEX:  # they may pass through fp32
             raise ValueError(
                 f"SlabLayout.num_blocks: {self.num_blocks} blocks x {self.num_kv_heads} heads make {self.dead_row} "
-                f"rows, need fewer than {MAX_INDEX}. Use larger blocks or fewer heads per core."
+                f"rows, need fewer than {MAX_EXACT_INDEX}. Use larger blocks or fewer heads per core."
             )
 
     @cached_property

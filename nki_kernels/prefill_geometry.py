@@ -4,10 +4,10 @@
 Written in the kernels' subset of Python: the kernel and the host's checks use the same function.
 """
 
+from nki_kernels.hardware import NUM_PARTITIONS as ROWS
+from nki_kernels.hardware import PSUM_BANK_BYTES
 from nki_kernels.toolchain import nl
 
-ROWS = 128
-PSUM_BANK_BYTES = 2048
 STATE_BYTES = 16 * 1024  # of a partition, for the running outputs of a group of Q tiles
 RESERVE_BYTES = 24 * 1024  # left to the compiler: scratch of dynamic DMAs and alignment
 SBUF_KIB_V2, SBUF_KIB_V3, SBUF_KIB_V4 = 192, 224, 256

@@ -6,9 +6,9 @@ one fold, multiplies the scores of a later one and the values of an earlier one,
 exponentiates. Runs at trace time, on Python integers; it is written in the kernels' subset of Python.
 """
 
+from nki_kernels.hardware import NUM_PARTITIONS as ROWS
 from nki_kernels.toolchain import nl
 
-ROWS = 128
 MIN_OPEN_TOKENS = 64  # fewer columns that need no mask are masked with the others
 
 

@@ -4,9 +4,9 @@
 Tiles are allocated once, in rings of separate tensors; PSUM is exactly 8 banks: scores 4, transposes 2, outputs 2.
 """
 
+from nki_kernels.hardware import NUM_PARTITIONS as ROWS
 from nki_kernels.toolchain import nisa, nl
 
-ROWS = 128
 LOWEST_MAXIMUM = -1e30  # row maxima start here, so that a row that sees nothing gets exp(masked - maximum) = 0
 TINY_SUM = 1e-30  # row sums start here, so that such a row gets 0 · (1 / TINY_SUM) = 0
 MASK_STEP = 1e32  # v2: score of a masked token is at most -MASK_STEP/2; times a piece and a soft cap it stays finite

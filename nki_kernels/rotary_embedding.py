@@ -5,10 +5,10 @@ Legend: T = num_tokens, H = num_heads, K = num_kv_heads, D = head_dim, R = rot_d
 Tokens on partitions, 128 at a time; all arithmetic in fp32, one rounding at the end.
 """
 
+from nki_kernels.hardware import NUM_PARTITIONS as ROWS
 from nki_kernels.support import KERNEL_DTYPES, MAX_EXACT_INDEX, refuse, require_one_of, require_range
 from nki_kernels.toolchain import nisa, nki, nl
 
-ROWS = 128
 PSUM_COLUMNS = 2048  # fp32 columns of the products held in PSUM: 4 banks, two such tiles
 SETS = 2
 

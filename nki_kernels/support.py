@@ -8,13 +8,14 @@ from collections.abc import Iterable
 
 KERNEL_DTYPES = ("float32", "bfloat16", "float16")
 FP8_DTYPES = ("float8_e4m3", "float8_e4m3fn")
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2} | dict.fromkeys(FP8_DTYPES, 1)
 BLOCK_SIZES = (16, 32, 64, 128)
 MAX_EXACT_INDEX = 1 << 24  # integers up to here are exact in the fp32 arithmetic of VectorE
 
 
 def dtype_itemsize(dtype: str) -> int:
-    """Bytes of an element of an NKI dtype by name."""
-    return {"float32": 4, "bfloat16": 2, "float16": 2}.get(dtype, 1)
+    """Bytes of an element of an NKI dtype by name; 1 for other names, which checks refuse."""
+    return ITEMSIZE.get(dtype, 1)
 
 
 class UnsupportedShapeError(ValueError):

@@ -29,8 +29,8 @@ AnyBucket = GraphBucket | CopyBucket
 # Inputs of a CopyBucket's graph: (source, target) blocks i32 [num_pairs, 2], blocks i32 [num_pairs]; padding names the
 # null block, onto which nothing depends.
 COPIES, ZEROED = ("block_mapping", "zeroed_blocks")
-# token ids i32 [R] as sampler.sample_static gives them, and logits [R, V] fp32 for whatever else has to be drawn.
 WRITE_PLAN = "write_plan"  # name of the plan of cache writes among a graph's inputs
+# token ids i32 [R] as sampler.sample_static gives them, and logits [R, V] fp32 for whatever else has to be drawn.
 OUTPUTS = TOKEN_IDS, LOGITS = ("sampled_token_ids", "logits")
 
 
