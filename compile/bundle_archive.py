@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from compile.bundle import MAX_MANIFEST_BYTES, Bundle, FileRef
-from compile.bundle_store import is_whole, publish_bundle
+from compile.bundle_store import publish_bundle, put_file
 from compile.errors import BundleError, StoreError
 from compile.store import Store, file_errors, open_store
 
@@ -62,7 +62,7 @@ def import_bundle(location: str | Path, source: Path, *, max_bytes: int = DEFAUL
         file = Path(scratch) / "file"
         _read_archive(source, file, max_bytes, lambda ref: None)
         store = open_store(location, create=True)
-        bundle = _read_archive(source, file, max_bytes, lambda ref: _store_file(store, ref, file))
+        bundle = _read_archive(source, file, max_bytes, lambda ref: put_file(store, ref, file))
     publish_bundle(store, bundle)
     return bundle
 
@@ -101,11 +101,6 @@ def _copy(member: IO[bytes], scratch: Path) -> None:
             with file_errors(f"folder {scratch.parent}"):
                 file.write(chunk)
                 file.flush()
-
-
-def _store_file(store: Store, ref: FileRef, scratch: Path) -> None:
-    if not store.put_new(ref.blob, scratch) and not is_whole(store, ref):
-        store.replace(ref.blob, scratch)
 
 
 @contextmanager

@@ -127,8 +127,7 @@ def publish_graph(store: Store, fields: Fields, bucket: str, files: Mapping[str,
     """Write a graph's files, then its entry. If another writer was first and its files are whole, it returns theirs."""
     refs = {path: FileRef.of(content) for path, content in files.items()}
     for path, ref in refs.items():
-        if not store.put_new(ref.blob, files[path]) and not is_whole(store, ref):
-            store.replace(ref.blob, files[path])
+        put_file(store, ref, files[path])
     graph, name = Graph(bucket, refs), f"graphs/{graph_key(fields, bucket)}.json"
     entry = {"bucket": bucket, "files": graph.to_json()}
     content = json.dumps({**entry, "sha256": digest(entry)}).encode()
@@ -183,10 +182,11 @@ def copy_bundle(source: Store, target: Store, bundle: Bundle, progress: Progress
         for number, ref in enumerate(todo, 1):
             progress(f"file {number} of {len(todo)}, {ref.num_bytes} bytes")
             path = _checked_path(source, ref, scratch)
-            if not target.put_new(ref.blob, path):
-                target.replace(ref.blob, path)
-            if path.parent == scratch:
-                path.unlink(missing_ok=True)
+            try:
+                put_file(target, ref, path)
+            finally:
+                if path.parent == scratch:
+                    path.unlink(missing_ok=True)
     return publish_bundle(target, bundle) or bool(todo)
 
 
@@ -206,6 +206,12 @@ def _checked_path(store: Store, ref: FileRef, scratch: Path) -> Path:
         elif attempt == 1:
             break
     raise BundleError(f"{store.location}: {ref.blob[:18]}… is damaged; compile it again or restore it.")
+
+
+def put_file(store: Store, ref: FileRef, content: bytes | Path) -> None:
+    """Write a file with the contents of `ref`, unless the store has it whole."""
+    if not store.put_new(ref.blob, content) and not is_whole(store, ref):
+        store.replace(ref.blob, content)
 
 
 def is_whole(store: Store, ref: FileRef) -> bool:

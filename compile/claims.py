@@ -2,8 +2,8 @@
 """Claims: machines that share a store divide the work. A claim is a lease; one that ran out may be taken over, and one
 of a process of this host that has ended at once.
 
-Only speed depends on claims: a graph compiled twice is published once. So clocks may differ by much less than a lease;
-if they differ by more, a claim counts for a lease after it was first seen.
+Only speed depends on claims: a graph compiled twice is published once. So clocks may differ by much less than a lease.
+Of a clock further ahead a claim counts for a lease after it was first seen; one further behind claims nothing for long.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from typing import Any
 from compile.bundle import canonical_json
 from compile.errors import StoreError
 from compile.process_identity import is_known_dead, own_identity
-from compile.store import Store
+from compile.store import ObjectMissingError, Store
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,18 @@ class Claims:
             self._holders[key] = holder
             return False
         self._holders.pop(key, None)
-        name = f"claims/{key}.{generation + 1}.json"
-        if not self._store.put_new(name, self._content()):
+        name, content = f"claims/{key}.{generation + 1}.json", self._content()
+        # A put whose answer got lost is sent again, and finds what the first one wrote.
+        if not self._store.put_new(name, content) and self._read(name) != content:
             return False
         self._held[key] = (name, self._clock())
         return True
+
+    def _read(self, name: str) -> bytes | None:
+        try:
+            return self._store.read(name)
+        except ObjectMissingError:
+            return None
 
     def holder(self, key: str) -> Holder | None:
         """Who held the graph when take() last refused it."""

@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,23 +98,18 @@ class S3Store:
         return sorted(valid)
 
     def local_path(self, name: str, scratch: Path) -> Path:
-        """Downloads into scratch/NAME.part and renames; a part that an earlier run left is continued."""
+        """Downloads into scratch/NAME.part, continuing what an earlier run left, and gives it a name of its own."""
         with file_errors(f"folder {scratch}"):
-            return self._local_path(name, scratch / name.replace("/", "-"))
-
-    def _local_path(self, name: str, target: Path) -> Path:
-        part = target.with_suffix(".part")
-        with locked(part) as file, contextlib.suppress(FileNotFoundError):  # another process may have renamed it
-            if file is not None:
-                self._download(name, file)
-                os.replace(part, target)
-                return target
-        if not target.is_file():  # another process downloads it now: take our own copy
-            part = target.with_suffix(f".{os.getpid()}.part")
-            with part.open("a+b") as own:
+            part = scratch / f"{name.replace('/', '-')}.part"
+            target = part.with_suffix(f".{uuid.uuid4().hex}")
+            with locked(part) as file:
+                if file is not None:
+                    self._download(name, file)
+                    os.replace(part, target)
+                    return target
+            with target.open("xb") as own:  # another process downloads it now: take our own copy
                 self._download(name, own)
-            os.replace(part, target)
-        return target
+            return target
 
     def _download(self, name: str, file: Any) -> None:
         total = self.size(name)
@@ -172,6 +168,7 @@ class S3Store:
         condition = {} if over else {"IfNoneMatch": "*"}
         part_bytes = max(self._part_bytes, -(-num_bytes // _MAX_PARTS))
         for attempt in range(_ATTEMPTS):
+            upload_id = ""
             try:
                 with self._errors(name):
                     upload_id, there = self._begun_upload(name, sha256)
@@ -179,31 +176,35 @@ class S3Store:
                     with path.open("rb") as file:
                         for number in range(1, -(-num_bytes // part_bytes) + 1):
                             part = file.read(part_bytes)
-                            tag = f'"{hashlib.md5(part, usedforsecurity=False).hexdigest()}"'
-                            if there.get(number) != (len(part), tag):
-                                tag = self._s3.upload_part(
+                            checksum = _base64_sha256(part)
+                            if not _is_part(there.get(number, {}), part, checksum):
+                                there[number] = self._s3.upload_part(
                                     **self._at(name), UploadId=upload_id, PartNumber=number, Body=part,
-                                    ChecksumSHA256=_base64_sha256(part),
-                                )["ETag"]  # fmt: skip
-                            parts.append(
-                                {"PartNumber": number, "ETag": tag, "ChecksumSHA256": _base64_sha256(part)}
-                            )
+                                    ChecksumSHA256=checksum,
+                                )  # fmt: skip
+                            tag = there[number]["ETag"]
+                            parts.append({"PartNumber": number, "ETag": tag, "ChecksumSHA256": checksum})
                     self._s3.complete_multipart_upload(
                         **self._at(name), UploadId=upload_id, MultipartUpload={"Parts": parts}, **condition
                     )
                     return True
             except _LostRaceError:
-                with contextlib.suppress(StoreError), self._errors(name):
-                    self._s3.abort_multipart_upload(**self._at(name), UploadId=upload_id)
+                self._abort(name, upload_id)
                 return False
-            except (_ConflictError, _UploadGoneError):
+            except (_ConflictError, _UploadGoneError) as error:
                 if not over and self.size(name) is not None:
                     return False
+                if isinstance(error, _ConflictError):  # S3 wants all of it again then, in a new upload
+                    self._abort(name, upload_id)
                 time.sleep(_pause_s(attempt))
         raise StoreError(f"store {self.location}: {name} could not be uploaded in {_ATTEMPTS} attempts; run again.")
 
-    def _begun_upload(self, name: str, sha256: str) -> tuple[str, dict[int, tuple[int, str]]]:
-        """(upload id, {part number: (bytes, ETag)}) of an unfinished upload of this object, or a new one.
+    def _abort(self, name: str, upload_id: str) -> None:
+        with contextlib.suppress(StoreError), self._errors(name):
+            self._s3.abort_multipart_upload(**self._at(name), UploadId=upload_id)
+
+    def _begun_upload(self, name: str, sha256: str) -> tuple[str, dict[int, dict[str, Any]]]:
+        """(upload id, {part number: S3's word on it}) of an unfinished upload of this object, or a new one.
 
         Names are those of contents, so whoever began it meant this content; parts that differ are sent again.
         """
@@ -213,8 +214,7 @@ class S3Store:
             if upload["Key"] != key or upload.get("ChecksumAlgorithm") != "SHA256":
                 continue
             pages = self._s3.get_paginator("list_parts").paginate(**self._at(name), UploadId=upload["UploadId"])
-            parts = {p["PartNumber"]: (p["Size"], p["ETag"]) for page in pages for p in page.get("Parts", ())}
-            return upload["UploadId"], parts
+            return upload["UploadId"], {p["PartNumber"]: p for page in pages for p in page.get("Parts", ())}
         begun = self._s3.create_multipart_upload(
             **self._at(name), ChecksumAlgorithm="SHA256", Metadata={_NOTE: sha256}
         )
@@ -240,8 +240,8 @@ class S3Store:
         where = f"store {self.location}"
         if code == "NoSuchBucket":
             return StoreError(f"{where}: no bucket {self._bucket}; create it, or correct the name or the account.")
-        if code == "NoSuchUpload":
-            return _UploadGoneError(f"{where}: {name}: the upload was ended by somebody else.")
+        if code in ("NoSuchUpload", "InvalidPart"):
+            return _UploadGoneError(f"{where}: {name}: the upload was ended or changed by somebody else.")
         if code == "PreconditionFailed" or status == 412:
             return _LostRaceError(f"{where}: {name} exists.")
         if code in ("ConditionalRequestConflict", "OperationAborted") or status == 409:
@@ -252,8 +252,9 @@ class S3Store:
             return StoreError(f"{where}: AWS refuses the credentials ({code}); {_CREDENTIALS}.")
         if status == 403:
             return StoreError(
-                f"{where}: access denied ({name}); the identity needs s3:ListBucket, s3:GetObject, and to write "
-                "s3:PutObject and s3:AbortMultipartUpload."
+                f"{where}: access denied ({name}); the identity needs s3:ListBucket and s3:GetObject, to write also "
+                "s3:PutObject, s3:ListBucketMultipartUploads, s3:ListMultipartUploadParts and "
+                "s3:AbortMultipartUpload, to compile also s3:DeleteObject (claims)."
             )
         if code == "NotImplemented" or status == 501:
             return StoreError(f"{where}: this S3 service lacks conditional writes; many writers can't share it safely.")
@@ -270,7 +271,7 @@ class _ConflictError(StoreError):
 
 
 class _UploadGoneError(StoreError):
-    """The multipart upload was completed or aborted by somebody else."""
+    """The multipart upload was completed, aborted or given other parts by somebody else."""
 
 
 def _broken_streams(attempt: int) -> tuple[type[BaseException], ...]:
@@ -279,6 +280,16 @@ def _broken_streams(attempt: int) -> tuple[type[BaseException], ...]:
     from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
 
     return (IncompleteReadError, ReadTimeoutError, ResponseStreamingError) if attempt < _ATTEMPTS - 1 else ()
+
+
+def _is_part(there: dict[str, Any], part: bytes, checksum: str) -> bool:
+    """Whether S3 has this part: by its sha256, or by the MD5 that services without checksums give as ETag; ETags of
+    encrypted parts (KMS) are none."""
+    if there.get("Size") != len(part):
+        return False
+    if "ChecksumSHA256" in there:
+        return bool(there["ChecksumSHA256"] == checksum)
+    return bool(there["ETag"] == f'"{hashlib.md5(part, usedforsecurity=False).hexdigest()}"')
 
 
 def _base64_sha256(content: bytes) -> str:

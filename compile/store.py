@@ -230,8 +230,8 @@ def _publish_new(temporary: Path, target: Path) -> bool:
     try:
         os.link(temporary, target)
         return True
-    except FileExistsError:
-        return False
+    except FileExistsError:  # NFS says so too of a link that it made when the first answer got lost
+        return temporary.stat().st_nlink > 1
     except OSError as error:  # a file system without hard links: the last of racing writers wins, each one whole
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
             raise
@@ -258,14 +258,15 @@ def _sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[BinaryIO | None]:
-    """The file opened for reading and appending, held by this process alone; None if another process holds it."""
+    """The file opened for reading and appending, held by this process alone; None if another process holds it, or held
+    it until now and moved it away."""
     with path.open("a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = os.path.samestat(os.fstat(file.fileno()), path.stat())
         except OSError:
-            yield None
-            return
-        yield file
+            is_ours = False
+        yield file if is_ours else None
 
 
 @contextlib.contextmanager

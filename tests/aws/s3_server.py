@@ -49,13 +49,15 @@ def moto_server() -> Iterator[str]:
 
 class FaultyProxy:
     """Passes S3 requests on. faults: probability of each of "503" (SlowDown), "500", "cut" (the answer's body ends
-    early) and "drop" (the connection closes without an answer). counts: how often each happened."""
+    early), "drop" (the connection closes without an answer), "lost" (so too, but what was written stays written) and "409"
+    (a conditional write meets another one). counts: how often each happened."""
 
     def __init__(self, url: str, faults: dict[str, float], seed: int = 0) -> None:
         host, port = url.removeprefix("http://").split(":")
         rng, lock = random.Random(seed), threading.Lock()
         self.counts = dict.fromkeys(faults, 0)
         counts = self.counts
+        codes = {"503": "SlowDown", "500": "InternalError", "409": "ConditionalRequestConflict"}
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -66,10 +68,13 @@ class FaultyProxy:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 with lock:
                     fault = next((f for f, p in faults.items() if rng.random() < p), None)
-                    if fault is not None and not (fault == "cut" and self.command != "GET"):
+                    writes = self.command in ("PUT", "POST") and bool(self.headers.get("If-None-Match"))
+                    if (fault == "cut" and self.command != "GET") or (fault in ("lost", "409") and not writes):
+                        fault = None
+                    if fault is not None:
                         counts[fault] += 1
-                if fault in ("503", "500"):
-                    code = {"503": "SlowDown", "500": "InternalError"}[fault]
+                if fault in codes:
+                    code = codes[fault]
                     text = f"<Error><Code>{code}</Code><Message>on order</Message></Error>".encode()
                     self.send_response(int(fault))
                     self.send_header("Content-Length", str(len(text)))
@@ -84,6 +89,9 @@ class FaultyProxy:
                 upstream.request(self.command, self.path, body, headers)
                 answer = upstream.getresponse()
                 content = answer.read()
+                if fault == "lost":
+                    self.close_connection = True
+                    return
                 self.send_response(answer.status)
                 for name, value in answer.getheaders():
                     if name.lower() not in ("connection", "transfer-encoding", "content-length", "server", "date"):

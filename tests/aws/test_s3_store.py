@@ -14,7 +14,7 @@ import pytest
 from compile.bundle_store import copy_bundle, finished_graph, list_bundles, publish_graph, verify_bundle
 from compile.claims import Claims
 from compile.errors import BundleError, StoreError
-from compile.s3_store import S3Store
+from compile.s3_store import S3Store, _base64_sha256, _is_part
 from compile.store import open_store
 from tests.aws.s3_server import FaultyProxy
 from tests.cpu.bundle_samples import BUCKETS, FIELDS, graph_files, publish
@@ -137,6 +137,38 @@ def test_throttling_errors_and_broken_answers_are_ridden_out(
             copy = open_store(tmp_path / f"b{attempt}", create=True)
             assert copy_bundle(remote, copy, bundle) and verify_bundle(copy, bundle) == []
         assert all(proxy.counts.values()), proxy.counts
+
+
+def test_a_claim_whose_answer_got_lost_is_held(bucket: str, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FaultyProxy(s3_url, {"lost": 0.5}) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
+        claims, others = Claims(open_store(f"s3://{bucket}")), Claims(open_store(f"s3://{bucket}"))
+        keys = [digit * 64 for digit in "0123456789"]
+        assert all(claims.take(key) for key in keys) and not any(others.take(key) for key in keys)
+        assert proxy.counts["lost"]
+        claims.release_all()
+        assert open_store(f"s3://{bucket}").names("claims") == []
+
+
+def test_conflicting_writes_are_tried_again_with_a_new_upload(
+    bucket: str, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, client = tmp_path / "file", boto3.client("s3")
+    file.write_bytes(random.Random(0).randbytes(PART + 17))
+    with FaultyProxy(s3_url, {"409": 0.7}) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
+        store = S3Store(f"s3://{bucket}", part_bytes=PART)
+        uploads: list[int] = []
+        store._s3.meta.events.register("before-call.s3.CreateMultipartUpload", lambda **_: uploads.append(1))
+        assert store.put_new("blobs/" + "a" * 64, file) and store.put_new("blobs/" + "b" * 64, b"small")
+        assert store.read("blobs/" + "a" * 64) == file.read_bytes()
+        assert proxy.counts["409"] >= len(uploads) - 1 > 0
+    assert "Uploads" not in client.list_multipart_uploads(Bucket=bucket)
+
+
+def test_encrypted_parts_are_known_by_their_sha256() -> None:
+    part = {"PartNumber": 1, "Size": 3, "ETag": '"no MD5 under KMS"', "ChecksumSHA256": _base64_sha256(b"abc")}
+    assert _is_part(part, b"abc", _base64_sha256(b"abc")) and not _is_part(part, b"abd", _base64_sha256(b"abd"))
 
 
 def test_a_service_that_only_fails_ends_in_one_error(bucket: str, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
