@@ -5,7 +5,7 @@ Owns the order of things. What turns a lowered graph into files is a Backend; ho
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -103,7 +103,8 @@ class Build:
     """One bundle being built.
 
     fields, buckets: its key. lower: lowers buckets by name. batch_size: graphs that are claimed, lowered and compiled
-    together. wait_s: pause between looks at what others still compile. on_event: told what happens to which bucket.
+    together. wait_s: pause between looks at what others still compile. costs_us: see Bundle. on_event: told what
+    happens to which bucket.
     """
 
     store: Store
@@ -115,6 +116,7 @@ class Build:
     built: dict[str, str] = field(default_factory=dict)
     batch_size: int = 4
     wait_s: float = 2.0
+    costs_us: Mapping[str, float] = field(default_factory=dict)
     on_event: Callable[[Event, str, str], None] = lambda event, bucket, text: None
 
     def run(self) -> Bundle:
@@ -141,7 +143,7 @@ class Build:
             self.claims.release_all()
         if failures:
             raise GraphsFailedError(failures, len(self.buckets))
-        bundle = Bundle(self.fields, graphs, self.built)
+        bundle = Bundle(self.fields, graphs, self.built, self.costs_us)
         publish_bundle(self.store, bundle)
         return bundle
 

@@ -100,11 +100,13 @@ class Graph:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A manifest. fields: what everything was made from. built: when and by what; not part of the key."""
+    """A manifest. fields: what everything was made from. Not part of the key: built (when and by what) and costs_us
+    (modelled time of a step by bucket, µs, where it is known)."""
 
     fields: Fields
     graphs: Mapping[str, Graph]
     built: Mapping[str, str] = field(default_factory=dict)
+    costs_us: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -129,6 +131,8 @@ class Bundle:
             "graphs": {bucket: graph.to_json() for bucket, graph in sorted(self.graphs.items())},
             "built": dict(self.built),
         }
+        if self.costs_us:
+            values["costs_us"] = dict(self.costs_us)
         return json.dumps({**values, "sha256": digest(values)}, indent=1, sort_keys=True).encode()
 
     @classmethod
@@ -152,6 +156,7 @@ class Bundle:
         try:
             graphs = {bucket: Graph.from_json(bucket, graph) for bucket, graph in values["graphs"].items()}
             fields, built = values["fields"], values["built"]
+            costs_us = {bucket: float(cost) for bucket, cost in values.get("costs_us", {}).items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(f"{what}: the manifest lacks a part ({error}); it is foreign.") from error
         for name, value in (("fields", fields), ("built", built)):
@@ -160,7 +165,7 @@ class Bundle:
         refs = {ref for graph in graphs.values() for ref in graph.files.values()}
         if len({ref.sha256 for ref in refs}) != len(refs):
             raise BundleError(f"{what}: the manifest gives one file two sizes; it is foreign.")
-        return cls(fields, graphs, built)
+        return cls(fields, graphs, built, costs_us)
 
 
 def is_sha256(text: str) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from compile.bundle import MAX_MANIFEST_BYTES, Bundle, FileRef
-from compile.bundle_store import publish_bundle, put_file
+from compile.bundle_store import publish_bundle, put_file, read_file
 from compile.errors import BundleError, StoreError
 from compile.store import Store, file_errors, open_store
 
@@ -34,7 +34,7 @@ def export_bundle(store: Store, bundle: Bundle, target: Path) -> None:
         with tarfile.open(temporary, "w:gz" if _is_gzip(target) else "w") as archive:
             _add(archive, f"bundles/{bundle.key}.json", bundle.to_bytes())
             for name, ref in sorted(bundle.files.items()):
-                _add(archive, name, ref.check(store.read(name), f"{store.location}: {name[:18]}…"))
+                _add(archive, name, read_file(store, ref, f"{name[:18]}…"))
         os.replace(temporary, target)
     except OSError as error:
         raise StoreError(f"{target}: can't be written: {error.strerror or error}.") from error

@@ -154,7 +154,10 @@ def finished_graph(store: Store, fields: Fields, bucket: str) -> Graph | None:
 
 
 def publish_bundle(store: Store, bundle: Bundle) -> bool:
-    """Write the manifest; False if the bundle was there already. BundleError unless all files are there."""
+    """Write the manifest; False if the bundle was there already, with the same costs_us if this one has any.
+
+    BundleError unless all files are there.
+    """
     for ref in bundle.files.values():
         if store.size(ref.blob) != ref.num_bytes:
             raise BundleError(f"{store.location}: {ref.blob[:18]}… is missing or truncated; run again.")
@@ -162,7 +165,9 @@ def publish_bundle(store: Store, bundle: Bundle) -> bool:
     if store.put_new(name, bundle.to_bytes()):
         return True
     try:
-        if all(is_whole(store, ref) for ref in read_manifest(store, name).files.values()):
+        there = read_manifest(store, name)
+        same = not bundle.costs_us or there.costs_us == bundle.costs_us
+        if same and all(is_whole(store, ref) for ref in there.files.values()):
             return False
     except BundleError:
         pass

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Claims: machines that share a store divide the work. A claim is a lease; one that ran out may be taken over, and one
-of a process of this host that has ended at once.
+of a process of this host that has ended, be it by a reboot, at once.
 
 Only speed depends on claims: a graph compiled twice is published once. So clocks may differ by much less than a lease.
 Of a clock further ahead a claim counts for a lease after it was first seen; one further behind claims nothing for long.

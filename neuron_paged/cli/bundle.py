@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neuron_paged.cli.arguments import memory_size
-from neuron_paged.cli.output import check_json_target, table, write_json
+from neuron_paged.cli.output import STDOUT, check_file_target, check_json_target, table, write_json
 from neuron_paged.errors import GraphError
 
 if TYPE_CHECKING:
@@ -79,12 +79,12 @@ def _ls(args: argparse.Namespace) -> int:
 
     bundles, problems = list_bundles(_open(args.store))
     rows = [_row(bundle) for bundle in bundles]
-    if args.json != "-":
+    if args.json != STDOUT:
         if rows:
             print(
                 table(
                     ["bundle", "target", "compiler", "ranks", "model", "graphs", "MiB", "built"],
-                    [list(r.values()) for r in rows],
+                    [[r["key"][:12], *list(r.values())[1:]] for r in rows],
                 )
             )
         else:
@@ -98,7 +98,7 @@ def _ls(args: argparse.Namespace) -> int:
 def _row(bundle: "Bundle") -> dict[str, Any]:
     fields = bundle.fields
     return {
-        "key": bundle.key[:12],
+        "key": bundle.key,
         "target": fields.get("target"),
         "compiler": fields.get("compiler"),
         "ranks": fields.get("tensor_parallel"),
@@ -117,7 +117,7 @@ def _verify(args: argparse.Namespace) -> int:
     bundles, problems = ([pick_bundle(store, args.key)], []) if args.key else list_bundles(store)
     found = {bundle.key: verify_bundle(store, bundle) for bundle in bundles}
     for key, lines in found.items():
-        if args.json != "-":
+        if args.json != STDOUT:
             print(f"{key[:12]}: {'whole' if not lines else f'{len(lines)} damaged files'}")
         problems += lines
     for line in problems:
@@ -156,7 +156,7 @@ def _diff(args: argparse.Namespace) -> int:
     for name, here, there in (("only in the first", one, other), ("only in the second", other, one)):
         if extra := sorted(set(here.graphs) - set(there.graphs)):
             lines.append(f"buckets {name}: {', '.join(extra)}")
-    if args.json != "-":
+    if args.json != STDOUT:
         print("\n".join(lines) or "no difference")
     write_json(args.json, lines)
     return 1 if lines else 0
@@ -166,6 +166,7 @@ def _export(args: argparse.Namespace) -> int:
     from compile.bundle_archive import export_bundle
     from compile.bundle_store import pick_bundle
 
+    check_file_target("FILE", args.file)
     store = _open(args.store)
     bundle = pick_bundle(store, args.key)
     export_bundle(store, bundle, Path(args.file))

@@ -22,7 +22,7 @@ from neuron_paged.cli.arguments import (
     positive_int,
 )
 from neuron_paged.cli.early_checks import check_graphs, check_model
-from neuron_paged.cli.output import check_json_target, write_json
+from neuron_paged.cli.output import STDOUT, check_json_target, write_json
 from neuron_paged.config import CacheConfig, SchedulerConfig
 from neuron_paged.engine.llm import split_settings
 from neuron_paged.env import neuron_cc_flags
@@ -94,8 +94,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"{note}. --graph-kernels plain says so without this note.", file=sys.stderr)
         if args.dry_run:
             states = _finished(args.store, plan.fields, names)
-            for name, finished in states.items():
-                print(f"{name}: {'there' if finished else 'to compile'}")
+            if args.json != STDOUT:
+                print("\n".join(f"{name}: {'there' if done else 'to compile'}" for name, done in states.items()))
             write_json(args.json, {"key": bundle_key(plan.fields, names), "fields": plan.fields, "graphs": states})
             return 0
         store = open_store(args.store, create=True)
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
         return 1
     except CompileError as error:
         raise GraphError(str(error)) from error
-    if args.json != "-":
+    if args.json != STDOUT:
         print(f"{store.location}: bundle {bundle.key[:12]}, {len(bundle.graphs)} graphs, {bundle.num_bytes} bytes")
     write_json(args.json, {"key": bundle.key, "fields": bundle.fields, "graphs": sorted(bundle.graphs)})
     return 0

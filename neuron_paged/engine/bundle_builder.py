@@ -26,6 +26,7 @@ from neuron_paged.engine.bundle_kernels import Operators, cpu_operators, neuron_
 from neuron_paged.engine.cache_sizing import choose_num_blocks
 from neuron_paged.engine.graph_fields import cpu_fields, neuron_fields
 from neuron_paged.engine.graph_source import lower_buckets
+from neuron_paged.engine.named_buckets import bucket_costs
 from neuron_paged.errors import ConfigError
 from neuron_paged.models.graph_plans import GraphModel
 from neuron_paged.models.graph_step import AnyBucket
@@ -72,6 +73,7 @@ class BuildPlan:
     backend: Backend
     python: Path | None = None
     built: Mapping[str, str] = field(default_factory=dict)
+    costs_us: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def buckets(self) -> tuple[AnyBucket, ...]:
@@ -97,6 +99,7 @@ class BuildPlan:
             claims,
             dict(self.built),
             batch_size,
+            costs_us=self.costs_us,
             on_event=on_event,
         ).run()
 
@@ -181,7 +184,9 @@ def plan_build(
         "on": socket.gethostname(),
         "model": str(model),
     }
-    return BuildPlan(operators, target, fields, backend, python, built)
+    costs = {} if buckets is None else bucket_costs(buckets)
+    costs_us = {bucket.name: cost for bucket, cost in costs.items() if cost is not None}
+    return BuildPlan(operators, target, fields, backend, python, built, costs_us)
 
 
 def _cpu_backend(operators: Operators) -> tuple[Fields, Backend]:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compile.buckets import bucket_of_name
 from compile.bundle import Bundle, Fields
 from compile.bundle_store import copy_bundle, find_bundle
 from compile.store import Store, open_store
+from neuron_paged.engine.named_buckets import named_buckets
 from neuron_paged.env import cache_dir
 from neuron_paged.models.config import ModelConfig
 from neuron_paged.models.graph_plans import GraphModel, PlansFor
@@ -53,8 +53,8 @@ class ChosenBundle:
 
     @property
     def buckets(self) -> list[str]:
-        """Names of its graphs, cheapest first."""
-        return [b.name for b in sorted(map(bucket_of_name, self.bundle.graphs), key=lambda b: (b.KIND, b.work, b.name))]
+        """Names of its graphs, of each kind the cheapest first."""
+        return [bucket.name for bucket in named_buckets(list(self.bundle.graphs), self.bundle.costs_us)]
 
 
 def choose_bundle(

@@ -2,7 +2,7 @@
 """From settings to the Executor that runs a loaded model's steps."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -63,7 +63,8 @@ def make_executor(
         copies = [name for name in bundle.buckets if name.startswith(f"{CopyBucket.KIND}-")]
         named = bundle.buckets if graphs.buckets is None else [*graphs.buckets, *copies]
         graphs = replace(graphs, buckets=tuple(named))
-    buckets = _buckets(graph_model(model, config.cache), config, graphs)
+    costs_us = None if bundle is None else bundle.bundle.costs_us
+    buckets = _buckets(graph_model(model, config.cache), config, graphs, costs_us)
     if graphs.executor != "hlo-cpu" and bundle is None:
         from neuron_paged.engine.tensor_runner import TensorGraphRunner
 
@@ -141,8 +142,11 @@ def _steps(buckets: "list[AnyBucket]") -> "list[GraphBucket]":
     return steps
 
 
-def _buckets(model: "GraphModel", config: EngineConfig, graphs: GraphConfig) -> "list[AnyBucket]":
-    """The buckets that were asked for, or ladders. ConfigError for what simulated kernels can't have."""
+def _buckets(
+    model: "GraphModel", config: EngineConfig, graphs: GraphConfig, costs_us: Mapping[str, float] | None
+) -> "list[AnyBucket]":
+    """The buckets that were asked for, or ladders. costs_us: see named_buckets. ConfigError for what simulated kernels
+    can't have."""
     from neuron_paged.engine.graph_buckets import default_buckets
     from neuron_paged.engine.named_buckets import named_buckets
     from neuron_paged.models.graph_plans import check_kernel
@@ -153,7 +157,7 @@ def _buckets(model: "GraphModel", config: EngineConfig, graphs: GraphConfig) -> 
     if graphs.buckets is None:
         has_kernels = graphs.executor == "hlo-cpu" and graphs.kernels != "plain"
         return [*default_buckets(model, config.scheduler, planned=has_kernels and not unsupported)]
-    buckets = named_buckets(graphs.buckets)
+    buckets = named_buckets(graphs.buckets, costs_us)
     if graphs.kernels == "simulator":
         for bucket in buckets:
             if not isinstance(bucket, DecodeBucket | PrefillBucket):

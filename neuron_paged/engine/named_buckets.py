@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Buckets that somebody names, one by one or as a file of grids. Imports nothing heavy: wrong names show at once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from compile.buckets import BucketGrid, bucket_of_name, load_buckets
@@ -11,11 +11,26 @@ if TYPE_CHECKING:
     from neuron_paged.models.graph_step import AnyBucket
 
 
-def named_buckets(names: Sequence[str]) -> list["AnyBucket"]:
+def named_buckets(names: Sequence[str], costs_us: Mapping[str, float] | None = None) -> list["AnyBucket"]:
     """Buckets by name, or all those of a file of grids (NAME.json); each once. Raises ConfigError.
 
-    Of each kind the cheapest first: by the modelled times of files (cost_us) if they have all of them, else by work.
+    Of each kind the cheapest first: by the modelled times of files (cost_us) or, of what those leave open, of costs_us
+    by name, if all are known, else by work.
     """
+    costs = bucket_costs(names)
+    for bucket, cost in costs.items():
+        if cost is None and costs_us is not None:
+            costs[bucket] = costs_us.get(bucket.name)
+    buckets: list[AnyBucket] = []
+    for kind in dict.fromkeys(bucket.KIND for bucket in costs):
+        found: list[AnyBucket] = [bucket for bucket in costs if bucket.KIND == kind]
+        known: dict[AnyBucket, float] = {bucket: cost for bucket in found if (cost := costs[bucket]) is not None}
+        buckets += BucketGrid(found, known if len(known) == len(found) else None)
+    return buckets
+
+
+def bucket_costs(names: Sequence[str]) -> "dict[Any, float | None]":
+    """The buckets that named_buckets gives, with the files' cost_us. Raises ConfigError."""
     if isinstance(names, str) or not names:
         raise ConfigError(f"graph_buckets: got {names!r}, need a list of names such as 'decode-8x0x4x2'.")
     costs: dict[Any, float | None] = {}
@@ -30,9 +45,4 @@ def named_buckets(names: Sequence[str]) -> list["AnyBucket"]:
             raise ConfigError(f"graph_buckets: can't read {name}: {error.strerror}.") from error
         except ValueError as error:
             raise ConfigError(f"graph_buckets: {error}") from error
-    buckets: list[AnyBucket] = []
-    for kind in dict.fromkeys(bucket.KIND for bucket in costs):
-        found: list[AnyBucket] = [bucket for bucket in costs if bucket.KIND == kind]
-        known: dict[AnyBucket, float] = {bucket: cost for bucket in found if (cost := costs[bucket]) is not None}
-        buckets += BucketGrid(found, known if len(known) == len(found) else None)
-    return buckets
+    return costs

@@ -6,8 +6,10 @@ The fits are linear in what a bucket's loops count; `fit_error` is their largest
 from. Timelines of a rank are kept in the cache folder, under a digest of the kernels' source.
 """
 
+import contextlib
 import hashlib
 import json
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -272,22 +274,20 @@ class _Store:
             f"{rank.row_tokens}-{source.hexdigest()[:16]}"
         )
         self._path = cache_dir() / "kernel-timelines" / f"{key}.json"
-        try:
-            self._lines: dict[str, list[float]] = json.loads(self._path.read_text())
-        except (OSError, ValueError):
-            self._lines = {}
+        self._lines: dict[str, tuple[float, int]] = {}
+        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):  # none, or a damaged one
+            lines = json.loads(self._path.read_text()).items()
+            self._lines = {key: (float(us), int(count)) for key, (us, count) in lines}
 
     def get(self, kind: str, point: Point) -> Timeline | None:
         found = self._lines.get(f"{kind} {point}")
-        return None if found is None else Timeline(point, float(found[0]), int(found[1]))
+        return None if found is None else Timeline(point, *found)
 
     def put(self, kind: str, line: Timeline) -> Timeline:
-        self._lines[f"{kind} {line.point}"] = [line.time_us, line.num_instructions]
-        try:
+        self._lines[f"{kind} {line.point}"] = line.time_us, line.num_instructions
+        with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._path.with_suffix(".partial")
+            temporary = self._path.with_suffix(f".{uuid.uuid4().hex}")
             temporary.write_text(json.dumps(self._lines))
             temporary.replace(self._path)
-        except OSError:
-            pass
         return line

@@ -49,8 +49,8 @@ def moto_server() -> Iterator[str]:
 
 class FaultyProxy:
     """Passes S3 requests on. faults: probability of each of "503" (SlowDown), "500", "cut" (the answer's body ends
-    early), "drop" (the connection closes without an answer), "lost" (so too, but what was written stays written) and "409"
-    (a conditional write meets another one). counts: how often each happened."""
+    early), "drop" (the connection closes without an answer), "lost" (so too, but a conditional write was done) and
+    "409" (a conditional write meets another one). counts: how often each happened."""
 
     def __init__(self, url: str, faults: dict[str, float], seed: int = 0) -> None:
         host, port = url.removeprefix("http://").split(":")

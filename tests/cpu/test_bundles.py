@@ -25,6 +25,7 @@ from compile.bundle_store import (
     finished_graph,
     list_bundles,
     pick_bundle,
+    publish_bundle,
     publish_graph,
     read_graph,
     read_manifest,
@@ -111,6 +112,17 @@ def test_round_trip(store: LocalStore) -> None:
         assert finished_graph(store, FIELDS, bucket) == bundle.graphs[bucket]
     assert verify_bundle(store, bundle) == []
     assert not list(Path(store.location, "tmp").iterdir())
+
+
+def test_modelled_times_travel_with_the_bundle_and_the_latest_are_kept(store: LocalStore, tmp_path: Path) -> None:
+    bundle = publish(store)
+    name, copy = f"bundles/{bundle.key}.json", open_store(tmp_path / "copy", create=True)
+    copy_bundle(store, copy, bundle)
+    for costs_us in ({BUCKETS[0]: 12.5, BUCKETS[1]: 3.0}, {BUCKETS[0]: 13.0}):
+        timed = replace(bundle, costs_us=costs_us)
+        assert timed.key == bundle.key and publish_bundle(store, timed) and not publish_bundle(store, timed)
+        assert not publish_bundle(store, bundle)  # whoever knows no times takes none away
+        assert copy_bundle(store, copy, read_manifest(store, name)) and read_manifest(copy, name) == timed
 
 
 def test_a_second_writer_takes_the_first_ones_files(store: LocalStore) -> None:
@@ -267,6 +279,7 @@ def signed(change) -> bytes:
         (signed(lambda v: v.update(fields=[1])), "fields is list"),
         (signed(lambda v: v.update(built="x")), "built is str"),
         (signed(lambda v: v.pop("graphs")), "lacks a part"),
+        (signed(lambda v: v.update(costs_us={"x": "slow"})), "lacks a part"),
         (signed(lambda v: v["graphs"][BUCKETS[0]].update(other={**vars(FileRef.of(b"x")), "bytes": 9})), "two"),
     ],
 )
@@ -417,7 +430,9 @@ def test_claims_of_ended_processes_of_this_host_are_void_others_are_not(store: L
     assert is_free(identity)
     child.wait()
     assert is_free(identity)
-    for foreign in ({**identity, "boot": "another"}, {**identity, "pid_namespace": "pid:[1]"}, None, "x", {}):
+    rebooted, machine = {**identity, "boot": "another"}, identity["machine"]
+    assert is_free(rebooted) == (machine != "")  # containers don't know their machine
+    for foreign in ({**rebooted, "machine": machine + "x"}, {**identity, "pid_namespace": "pid:[1]"}, None, "x", {}):
         assert not is_free(foreign)
 
 

@@ -20,13 +20,16 @@ from compile.buckets import (
     bucket_of_name,
     decode_table_grid,
 )
+from compile.bundle import Bundle, Graph
+from compile.store import open_store
 from neuron_paged import LLM
 from neuron_paged.cli import main
 from neuron_paged.config import CacheConfig, EngineConfig, GraphConfig, SchedulerConfig
+from neuron_paged.engine.bundles import ChosenBundle
 from neuron_paged.engine.graph_buckets import default_buckets
 from neuron_paged.engine.graph_fits import GraphFits
 from neuron_paged.engine.make_executor import make_executor
-from neuron_paged.engine.named_buckets import named_buckets
+from neuron_paged.engine.named_buckets import bucket_costs, named_buckets
 from neuron_paged.engine.packed_rows import PackedRows, SamplingArrays
 from neuron_paged.engine.rank_pool import RankPool
 from neuron_paged.errors import ConfigError, GraphError
@@ -89,6 +92,12 @@ def test_rows_take_the_bucket_that_a_files_times_say_is_cheapest(tmp_path: Path)
         buckets = named_buckets([str(tmp_path / "grids.json")])
         fit = GraphFits(model, buckets).find(rows)
         assert buckets[0] == cheapest and fit is not None and fit.bucket == cheapest
+        # A bundle of them keeps the times, so that it serves as the file does.
+        costs_us = {b.name: us for b, us in bucket_costs([str(tmp_path / "grids.json")]).items() if us is not None}
+        bundle = Bundle({}, {b.name: Graph(b.name, {}) for b in buckets}, costs_us=costs_us)
+        bundle = Bundle.from_bytes(bundle.to_bytes(), "bundle")
+        assert ChosenBundle(open_store(tmp_path), bundle).buckets == [b.name for b in buckets]
+        assert named_buckets(list(bundle.graphs), bundle.costs_us) == buckets
 
 
 CONFIG = family_config("llama")
