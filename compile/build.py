@@ -21,7 +21,7 @@ from compile.neuronx_cc_flags import Phase
 from compile.store import Store
 
 NEFF, EXECUTABLE, LOG = "graph.neff", "executable.xla", "compile.log"
-Event = Literal["finished", "compiled", "failed", "waiting"]
+Event = Literal["begun", "finished", "compiled", "failed", "waiting"]
 Files = dict[str, bytes]
 Lower = Callable[[Sequence[str]], list[LoweredGraph]]
 
@@ -104,7 +104,7 @@ class Build:
 
     fields, buckets: its key. lower: lowers buckets by name. batch_size: graphs that are claimed, lowered and compiled
     together. wait_s: pause between looks at what others still compile. costs_us: see Bundle. on_event: told what
-    happens to which bucket.
+    happens to which bucket; "begun" and "waiting" are of several, which the text names.
     """
 
     store: Store
@@ -175,6 +175,7 @@ class Build:
         return taken
 
     def _compile(self, batch: Sequence[str], graphs: dict[str, Graph], failures: dict[str, str]) -> None:
+        self.on_event("begun", "", ", ".join(batch))
         lowered, reasons = self._lowered(batch)
 
         def done(bucket: str, files: Files | None, error: str) -> None:

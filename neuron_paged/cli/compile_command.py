@@ -194,7 +194,7 @@ def _check_early(args: argparse.Namespace) -> None:
 
 
 class _Progress:
-    """A line per graph on standard error."""
+    """A line per graph on standard error, and one before those that are compiled together."""
 
     def __init__(self, total: int) -> None:
         self._total, self._done, self._next_wait_line = total, 0, 0.0
@@ -206,6 +206,9 @@ class _Progress:
                 self._next_wait_line = time.monotonic() + WAIT_LINE_S
             return
         self._next_wait_line = 0.0
+        if event == "begun":
+            print(f"lowering and compiling {text}", file=sys.stderr, flush=True)
+            return
         self._done += 1
         note = f": {' '.join(text.split())}" if text else ""
         print(f"[{self._done}/{self._total}] {bucket} {event}{note}", file=sys.stderr, flush=True)
