@@ -15,7 +15,7 @@ from neuron_paged.config import SchedulerConfig
 from neuron_paged.engine.graph_buckets import default_buckets
 from neuron_paged.engine.named_buckets import named_buckets
 from neuron_paged.errors import ConfigError
-from neuron_paged.models.graph_plans import GraphModel, check_kernel
+from neuron_paged.models.graph_plans import GraphModel, check_kernels
 from neuron_paged.models.graph_step import AnyBucket
 from neuron_paged.neuron_versions import version_problems
 from neuron_paged.ops.nki_compiler import INSTALL, NkiKernelCompiler
@@ -121,12 +121,10 @@ def _nki_operators(
         raise ConfigError(f"graph_kernels: the NKI decode kernel does not take this model: {unsupported[0]}")
     buckets = _neuron_buckets(model, limits, names, planned=True)
     for bucket in buckets:
-        if isinstance(bucket, CopyBucket):
-            continue
-        if not isinstance(bucket, DecodeBucket | PrefillBucket):
+        if not isinstance(bucket, DecodeBucket | PrefillBucket | CopyBucket):
             raise ConfigError(f"buckets: got {bucket.name}, NKI kernels need decode-… and prefill-….")
         try:
-            check_kernel(model, bucket)
+            check_kernels(model, bucket)
         except ValueError as error:
             raise ConfigError(f"buckets: {bucket.name}: {error}") from error
     if kernels is None and python is None and find_spec("nki") is None:  # spares starting a process

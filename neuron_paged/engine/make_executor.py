@@ -149,7 +149,7 @@ def _buckets(
     can't have."""
     from neuron_paged.engine.graph_buckets import default_buckets
     from neuron_paged.engine.named_buckets import named_buckets
-    from neuron_paged.models.graph_plans import check_kernel
+    from neuron_paged.models.graph_plans import check_kernels
 
     unsupported = model.decode_problem.unsupported()
     if graphs.kernels == "simulator" and unsupported:
@@ -163,7 +163,7 @@ def _buckets(
             if not isinstance(bucket, DecodeBucket | PrefillBucket):
                 raise ConfigError(f"graph_buckets: got {bucket.name}, NKI kernels need decode-… and prefill-….")
             try:
-                check_kernel(model, bucket)
+                check_kernels(model, bucket)
             except ValueError as error:
                 raise ConfigError(f"graph_buckets: {bucket.name}: {error}") from error
     return buckets

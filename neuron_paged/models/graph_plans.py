@@ -9,10 +9,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from compile.buckets import DecodeBucket, PrefillBucket
+from compile.buckets import CopyBucket, DecodeBucket, PrefillBucket
 from neuron_paged.models.config import ModelConfig
 from neuron_paged.models.tensor_parallel import Shard
 from nki_kernels import prefill_plan
+from nki_kernels.cache_ops import check_copy_blocks, check_reshape_and_cache
 from nki_kernels.decode_planner import DecodePlanner
 from nki_kernels.decode_support import DecodeProblem
 from nki_kernels.hardware import NUM_PARTITIONS
@@ -21,6 +22,7 @@ from nki_kernels.plan import DecodePlan, PlanOverflowError
 from nki_kernels.plan_shape import PlanShape
 from nki_kernels.planned_cache_write import check_write_runs
 from nki_kernels.prefill_plan import ROW_TOKENS, plan_prefill
+from nki_kernels.rotary_embedding import check_rotary_embedding
 from nki_kernels.support import UnsupportedShapeError, dtype_itemsize
 from nki_kernels.write_plan import MIN_TOKENS, WriteShape
 
@@ -127,12 +129,23 @@ def write_shape(model: GraphModel, bucket: PrefillBucket) -> WriteShape | None:
     return shape
 
 
-def check_kernel(model: GraphModel, bucket: DecodeBucket | PrefillBucket) -> None:
-    """ValueError unless the NKI kernels have code for the bucket."""
+def check_kernels(model: GraphModel, bucket: DecodeBucket | PrefillBucket | CopyBucket) -> None:
+    """ValueError unless the NKI kernels have code for all that the bucket's graph calls."""
+    rank = model.rank_config
+    cache = (model.num_blocks, rank.num_kv_heads, model.block_size, rank.head_dim)
+    if isinstance(bucket, CopyBucket):
+        check_copy_blocks(bucket.num_pairs, *cache, model.kv_cache_dtype)
+        return
+    num_tokens = bucket.num_seqs if isinstance(bucket, DecodeBucket) else bucket.num_tokens
+    check_reshape_and_cache(num_tokens, *cache, model.dtype, model.kv_cache_dtype)
+    if any(rank.rope_layers):
+        check_rotary_embedding(
+            num_tokens, rank.num_heads, rank.num_kv_heads, rank.head_dim, rank.rope.rot_dim, model.max_positions,
+            model.dtype,
+        )  # fmt: skip
     if isinstance(bucket, DecodeBucket):
         model.decode_problem.check(decode_shape(model, bucket))
         return
-    rank = model.rank_config
     for window in model.windows:
         check_paged_attention_prefill(
             num_heads=rank.num_heads,

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from compile.buckets import BucketFile as File
 from compile.buckets import (
     BucketGrid,
+    CopyBucket,
     DecodeBucket,
     DecodeTableBucket,
     PrefillBucket,
@@ -33,7 +34,7 @@ from neuron_paged.engine.named_buckets import bucket_costs, named_buckets
 from neuron_paged.engine.packed_rows import PackedRows, SamplingArrays
 from neuron_paged.engine.rank_pool import RankPool
 from neuron_paged.errors import ConfigError, GraphError
-from neuron_paged.models.graph_plans import DecodeRowsPlanner, GraphModel, prefill_need, table_shape
+from neuron_paged.models.graph_plans import DecodeRowsPlanner, GraphModel, check_kernels, prefill_need, table_shape
 from neuron_paged.models.graph_step import plan_name
 from neuron_paged.models.llama import LlamaModel
 from neuron_paged.ops.planned import decode_tables
@@ -149,6 +150,24 @@ def test_default_planned_buckets_take_many_long_contexts_at_once() -> None:
     table = random.permutation(np.arange(1, 64 * 512 + 1, dtype=np.int32)).reshape(64, 512)
     decode = [b for b in default_buckets(model, limits, planned=True) if isinstance(b, DecodeBucket)]
     assert any(DecodeRowsPlanner(model, b).plan(table, lens) for b in decode if b.num_seqs == 64)
+
+
+def test_kernels_refuse_what_any_of_a_graphs_calls_can_not_be() -> None:
+    """Not only attention: rotary embedding of 72 heads of 128, caches whose rows don't fit 32 bits, copies of many
+    blocks; one rank of two has half the heads."""
+    config = replace(CONFIG, num_heads=64, num_kv_heads=8, head_dim=128, hidden_size=8192)
+    config = replace(config, rope=replace(config.rope, inv_freq=(1.0,) * 64))
+    model = GraphModel(config, "bfloat16", 8192, 32, 4000, "bfloat16")
+    half = model._replace(tensor_parallel_size=2)
+    for bucket in (DecodeBucket(8, 8, 4, 2), PrefillBucket(128, 1), CopyBucket(16)):
+        check_kernels(half, bucket)
+    for bucket in (DecodeBucket(8, 8, 4, 2), PrefillBucket(128, 1)):
+        with pytest.raises(ValueError, match=r"rotary_embedding: num_heads \+ num_kv_heads"):
+            check_kernels(model, bucket)
+        with pytest.raises(ValueError, match="reshape_and_cache: num_blocks"):
+            check_kernels(half._replace(num_blocks=2**24), bucket)
+    with pytest.raises(ValueError, match="copy_blocks: num_pairs"):
+        check_kernels(half, CopyBucket(2**20))
 
 
 def test_planned_bucket_needs_what_the_kernels_plan_uses() -> None:

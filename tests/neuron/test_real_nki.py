@@ -12,7 +12,7 @@ from compile.buckets import DecodeBucket, PrefillBucket
 from compile.graph_spec import TensorSpec
 from compile.kernel_calls import KernelCall
 from neuron_paged.models.config import ModelConfig, RopeConfig
-from neuron_paged.models.graph_plans import GraphModel, check_kernel, plan_shape, table_shape
+from neuron_paged.models.graph_plans import GraphModel, check_kernels, plan_shape, table_shape
 from neuron_paged.ops.nki_compiler import INSTALL, NKI_RELEASE, NkiKernelCompiler
 from nki_kernels.write_plan import WriteShape
 
@@ -41,7 +41,7 @@ def kernel_calls(target: str, num_cores: int, num_kv_heads: int, head_dim: int, 
     pairs = TensorSpec("block_mapping", (16, 2), "int32")
     calls = [KernelCall("copy_blocks", (cache, pairs), (cache,), (), ((0, 0),))]
     for bucket, tokens, name in ((DecodeBucket(4, 2, 2, 2), 4, "decode"), (PrefillBucket(256, 1), 256, "prefill")):
-        check_kernel(model, bucket)
+        check_kernels(model, bucket)
         query = TensorSpec("query", (tokens, HEADS, head_dim), dtype)
         key, value = (TensorSpec(part, (tokens, num_kv_heads, head_dim), dtype) for part in ("key", "value"))
         positions = TensorSpec("positions", (tokens,), "int32")
