@@ -70,12 +70,13 @@ def check_copy_blocks(
         raise refuse(kernel, "num_pairs", num_pairs, f"at most {ROWS} for blocks of {elements} elements", "Split it.")
 
 
-def copy_run_elements(num_pairs: int, block_elements: int, itemsize: int) -> int:
-    """Elements of a block that copy_blocks moves at a time: as many as fit while all pairs' contents are held."""
+def copy_run_elements(num_pairs: int, block_elements: int, itemsize: int, num_cores: int = 1) -> int:
+    """Elements of a block that copy_blocks moves at a time: as many as fit while all pairs' contents are held. Cores
+    get as many runs each."""
     tiles = (num_pairs + ROWS - 1) // ROWS
-    parts = 1
+    parts = num_cores
     while block_elements % parts != 0 or block_elements // parts * itemsize * tiles > COPY_BUDGET_BYTES:
-        parts += 1
+        parts += num_cores
     return block_elements // parts
 
 
@@ -299,12 +300,12 @@ def copy_blocks(kv_cache, block_mapping):
     Returns kv_cache.
 
     A block is moved in equal runs of elements; the runs of all pairs are read before any is written, and different
-    runs never meet.
+    runs never meet: of two cores each moves half of them, so that none writes what the other has yet to read.
     """
     num_blocks, num_kv_heads, _, block_size, head_dim = kv_cache.shape
     num_pairs = block_mapping.shape[0]
     elements = num_kv_heads * 2 * block_size * head_dim
-    run = copy_run_elements(num_pairs, elements, itemsize_of(kv_cache.dtype))
+    run = copy_run_elements(num_pairs, elements, itemsize_of(kv_cache.dtype), nl.num_programs(0))
     table = kv_cache.reshape((num_blocks, elements))
     sources = []
     targets = []
@@ -321,7 +322,7 @@ def copy_blocks(kv_cache, block_mapping):
         # Destinations count from block 1: the null block becomes -1 and is skipped. Block numbers are below 2^24.
         nisa.tensor_scalar(dst=targets[i], data=targets[i], op0=nl.add, operand0=-1.0)
         nisa.tensor_scalar(dst=sources[i], data=sources[i], op0=nl.maximum, operand0=0.0)  # padding reads block 0
-    for part in range(elements // run):
+    for part in range(nl.program_id(0), elements // run, nl.num_programs(0)):
         for i in range(len(sources)):
             source = table.ap(
                 [[elements, sources[i].shape[0]], [1, run]],

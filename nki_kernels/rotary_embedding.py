@@ -43,12 +43,15 @@ def rotary_embedding(positions, query, key, cos_sin_cache, interleaved=False):
     query_out = nl.ndarray(query.shape, dtype=query.dtype, buffer=nl.shared_hbm)
     key_out = nl.ndarray(key.shape, dtype=key.dtype, buffer=nl.shared_hbm)
     heads = num_heads + num_kv_heads
+    # Tokens of each core; odd numbers have one in common, for which both write the same.
+    share = (num_tokens + nl.num_programs(0) - 1) // nl.num_programs(0)
+    start = min(nl.program_id(0) * share, num_tokens - share)
     sets = []
-    for _i in range(min(SETS, (num_tokens + ROWS - 1) // ROWS)):
+    for _i in range(min(SETS, (share + ROWS - 1) // ROWS)):
         sets.append(RotaryTiles(heads, head_dim, rot_dim, query.dtype))
-    for first in range(0, num_tokens, ROWS):
-        rows = min(ROWS, num_tokens - first)
-        tiles = sets[first // ROWS % SETS]
+    for first in range(start, start + share, ROWS):
+        rows = min(ROWS, start + share - first)
+        tiles = sets[(first - start) // ROWS % SETS]
         x = tiles.x[0:rows]
         nisa.dma_copy(dst=tiles.position[0:rows], src=positions.ap([[1, rows], [1, 1]], offset=first))
         nisa.dma_copy(dst=x[:, 0:num_heads, :], src=query[nl.ds(first, rows)])

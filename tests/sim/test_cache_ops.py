@@ -172,11 +172,11 @@ def test_scatter_layout_divides_the_heads_and_fits_the_partitions(num_tokens, nu
 # -- copy_blocks ------------------------------------------------------------------------------------------------------
 
 
-def check_copy(kv_cache, pairs, target="trn2"):
+def check_copy(kv_cache, pairs, target="trn2", num_cores=1):
     mapping = np.asarray(pairs, np.int32).reshape(-1, 2)
     expected = to_torch(kv_cache)
     copy_blocks_ref(expected, torch.from_numpy(mapping[mapping[:, 1] > 0]))
-    result = simulator.run(copy_blocks, kv_cache, mapping, target=target, strict=True)
+    result = simulator.run(copy_blocks, kv_cache, mapping, target=target, grid=num_cores, strict=True)
     np.testing.assert_array_equal(bits(kv_cache), bits(from_torch(expected, kv_cache.dtype)))
     assert result.outputs is kv_cache and result.report.diagnostics == []
 
@@ -191,10 +191,12 @@ def test_copy_blocks_swaps_chains_and_drops_padding(target, dtype):
     assert not np.isnan(kv_cache[1:].astype(np.float32)).any()
 
 
-def test_more_than_128_pairs_are_read_before_any_is_written():
+@pytest.mark.parametrize("num_cores", [1, 2])
+def test_more_than_128_pairs_are_read_before_any_is_written(num_cores):
+    """Two cores are not ordered: strict mode refuses a core that reads or overwrites what the other has touched."""
     rng = np.random.default_rng(9)
     kv_cache = rng.standard_normal((400, 1, 2, 16, 8)).astype(NUMPY["bfloat16"])
-    check_copy(kv_cache, [(i, i + 1) for i in range(1, 399)])
+    check_copy(kv_cache, [(i, i + 1) for i in range(1, 399)], num_cores=num_cores)
 
 
 def test_large_blocks_are_copied_in_runs_that_fit():
@@ -202,6 +204,7 @@ def test_large_blocks_are_copied_in_runs_that_fit():
     kv_cache = rng.standard_normal((5, 4, 2, 128, 128)).astype(np.float32)  # 512 KiB of every block
     assert copy_run_elements(2, kv_cache[0].size, 4) * 4 <= 96 * 1024
     check_copy(kv_cache, [(4, 1), (1, 4)])
+    check_copy(kv_cache, [(4, 1), (1, 4)], num_cores=2)
 
 
 @settings(max_examples=25, deadline=None)

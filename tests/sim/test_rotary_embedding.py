@@ -71,6 +71,16 @@ def test_rotation(target, interleaved, num_tokens, num_heads, num_kv_heads, head
         np.testing.assert_allclose(ref, rotate(x, positions, table, interleaved, torch.float64), atol=1e-5)
 
 
+def test_two_cores_rotate_half_of_the_tokens_each():
+    rng = np.random.default_rng(1)
+    query, key = (rng.standard_normal((301, heads, 64)).astype(NUMPY["bfloat16"]) for heads in (4, 2))
+    arguments = rng.integers(0, 500, 301).astype(np.int32), query, key, cos_sin_table(500, 64)
+    one, two = (simulator.run(rotary_embedding, *arguments, grid=cores, strict=True) for cores in (1, 2))
+    for x, y in zip(one.outputs, two.outputs, strict=True):
+        np.testing.assert_array_equal(bits(x), bits(y))
+    assert two.report.total_ns < 0.8 * one.report.total_ns
+
+
 def test_parameters_are_those_of_the_reference():
     ours = inspect.signature(rotary_embedding.__wrapped__).parameters
     assert list(ours) == list(inspect.signature(rotary_embedding_ref).parameters)
