@@ -102,6 +102,14 @@ def test_racing_publishers_leave_one_whole_bundle(bucket: str, count: int) -> No
     assert assert_whole_or_absent(location) == 1
 
 
+def test_processes_pull_into_one_folder_at_once(bucket: str, tmp_path: Path) -> None:
+    remote, target = f"s3://{bucket}", tmp_path / "pulled"
+    publish(open_store(remote), num_bytes=3_000_000)
+    pulls = [run_sample("copy", remote, target) for _ in range(6)]
+    failed = [errors for pull in pulls if (errors := pull.communicate()[1]) or pull.returncode]
+    assert failed == [] and assert_whole_or_absent(str(target)) == 1 and not list((target / "tmp").iterdir())
+
+
 @pytest.mark.parametrize("way", ["push", "pull"])
 def test_killed_at_random_points_nothing_partial_shows(bucket: str, tmp_path: Path, way: str) -> None:
     local, remote = tmp_path / "local", f"s3://{bucket}/kill"
