@@ -70,10 +70,14 @@ class Claims:
         return self._holders.get(key)
 
     def renew(self) -> None:
-        """Extend what is held, once a third of the lease has passed. Cheap to call often."""
+        """Extend what is held, once a third of the lease has passed. Cheap to call often.
+
+        A store that can't be reached is tried again a third later: that is no reason to end what compiles.
+        """
         for key, (name, renewed) in list(self._held.items()):
             if self._clock() - renewed > self._lease_s / 3:
-                self._store.replace(name, self._content())
+                with contextlib.suppress(StoreError):
+                    self._store.replace(name, self._content())
                 self._held[key] = (name, self._clock())
 
     def release(self, key: str) -> None:

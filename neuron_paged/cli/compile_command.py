@@ -89,9 +89,8 @@ def run(args: argparse.Namespace) -> int:
         plan = _plan(args)
         names = [bucket.name for bucket in plan.buckets]
         print(f"bundle {bundle_key(plan.fields, names)[:12]}: {len(names)} graphs for {args.target}", file=sys.stderr)
-        if plan.operators.note:
-            note = f"operators become plain operations, not NKI kernels ({plan.operators.note})"
-            print(f"{note}. --graph-kernels plain says so without this note.", file=sys.stderr)
+        for note in _notes(plan, args):
+            print(note, file=sys.stderr)
         if args.dry_run:
             states = _finished(args.store, plan.fields, names)
             if args.json != STDOUT:
@@ -116,6 +115,22 @@ def run(args: argparse.Namespace) -> int:
         print(f"{store.location}: bundle {bundle.key[:12]}, {len(bundle.graphs)} graphs, {bundle.num_bytes} bytes")
     write_json(args.json, {"key": bundle.key, "fields": bundle.fields, "graphs": sorted(bundle.graphs)})
     return 0
+
+
+def _notes(plan: "BuildPlan", args: argparse.Namespace) -> list[str]:
+    """What may surprise whoever compiles this."""
+    from neuron_paged.engine.named_buckets import planned_otherwise
+
+    notes = []
+    if plan.operators.note:
+        why = plan.operators.note.rstrip(".")
+        note = f"operators become plain operations, not NKI kernels ({why})"
+        notes.append(f"{note}. --graph-kernels plain says so without this note.")
+    here = {"block_size": plan.fields["cache"]["block_size"]}
+    if args.target != "cpu":
+        here |= {"target": args.target, "lnc": plan.fields["lnc"], "tensor_parallel_size": args.tensor_parallel}
+    lines = planned_otherwise(args.buckets or (), here)
+    return notes + [f"{line}: its buckets may hold less and take longer than it says." for line in lines]
 
 
 def _finished(location: str, fields: "Fields", names: list[str]) -> dict[str, bool]:

@@ -46,3 +46,15 @@ def bucket_costs(names: Sequence[str]) -> "dict[Any, float | None]":
         except ValueError as error:
             raise ConfigError(f"graph_buckets: {error}") from error
     return costs
+
+
+def planned_otherwise(names: Sequence[str], here: Mapping[str, Any]) -> list[str]:
+    """A line per file of grids among the names that was made for other settings. here: those of now, named as in files:
+    target, lnc, tensor_parallel_size, block_size."""
+    lines = []
+    for name in names:
+        about = load_buckets(name).about if name.endswith(".json") else {}
+        others = [f"{key} {about[key]} (here {value})" for key, value in here.items() if about.get(key, value) != value]
+        if others:
+            lines.append(f"{name} was planned for {', '.join(others)}")
+    return lines

@@ -393,6 +393,24 @@ def test_claims_are_exclusive_until_they_run_out(store: LocalStore) -> None:
     assert store.names("claims") == []
 
 
+def test_a_store_that_is_away_for_a_while_costs_no_claim(store: LocalStore, tmp_path: Path) -> None:
+    now, key, folder = 1000.0, graph_key(FIELDS, "b"), Path(store.location) / "claims"
+    ours, others = (Claims(store, lease_s=60, clock=lambda: now) for _ in range(2))
+    assert ours.take(key)
+    folder.rename(tmp_path / "away")
+    folder.write_text("")
+    now += 21
+    ours.renew()
+    folder.unlink()
+    (tmp_path / "away").rename(folder)
+    now += 21
+    ours.renew()
+    now += 50
+    assert not others.take(key)
+    now += 11
+    assert others.take(key)
+
+
 def test_a_claim_from_a_clock_far_ahead_counts_for_one_lease(store: LocalStore) -> None:
     now, key = 1000.0, graph_key(FIELDS, "b")
     ahead, ours = Claims(store, lease_s=60, clock=lambda: now + 10**6), Claims(store, lease_s=600, clock=lambda: now)

@@ -30,7 +30,7 @@ from neuron_paged.engine.bundles import ChosenBundle
 from neuron_paged.engine.graph_buckets import default_buckets
 from neuron_paged.engine.graph_fits import GraphFits
 from neuron_paged.engine.make_executor import make_executor
-from neuron_paged.engine.named_buckets import bucket_costs, named_buckets
+from neuron_paged.engine.named_buckets import bucket_costs, named_buckets, planned_otherwise
 from neuron_paged.engine.packed_rows import PackedRows, SamplingArrays
 from neuron_paged.engine.rank_pool import RankPool
 from neuron_paged.errors import ConfigError, GraphError
@@ -80,6 +80,14 @@ def test_buckets_by_name_and_by_file(tmp_path) -> None:
     File({"decode_table": decode_table_grid([1, 2], [4])}).save(tmp_path / "grids.json")
     found = named_buckets([NAMES[0], str(tmp_path / "grids.json")])
     assert found == [DecodeTableBucket(1, 4), DecodeTableBucket(2, 4), DecodeTableBucket(8, 16)]
+
+
+def test_files_that_were_planned_for_other_settings_are_told(tmp_path: Path) -> None:
+    path, about = str(tmp_path / "grids.json"), {"target": "trn2", "block_size": 32, "lnc": 2, "model": "any"}
+    File({"decode_table": decode_table_grid([1], [4])}, about).save(path)
+    assert planned_otherwise([NAMES[0], path], {"target": "trn2", "lnc": 2, "tensor_parallel_size": 8}) == []
+    (line,) = planned_otherwise([path, NAMES[0]], {"target": "inf2", "block_size": 16, "lnc": 2})
+    assert line == f"{path} was planned for target trn2 (here inf2), block_size 32 (here 16)"
 
 
 def test_rows_take_the_bucket_that_a_files_times_say_is_cheapest(tmp_path: Path) -> None:
