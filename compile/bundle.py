@@ -58,12 +58,14 @@ class FileRef:
 
     def check(self, content: bytes, what: str) -> bytes:
         """The content. BundleError if it is not this file's; `what` names it."""
-        if len(content) != self.num_bytes:
-            raise BundleError(f"{what}: got {len(content)} bytes, need {self.num_bytes}; it is truncated or foreign.")
         got = hashlib.sha256(content).hexdigest()
-        if got != self.sha256:
-            raise BundleError(f"{what}: got sha256 {got[:16]}…, need {self.sha256[:16]}…; it is damaged.")
-        return content
+        if len(content) != self.num_bytes:
+            found = f"got {len(content)} bytes, need {self.num_bytes}; it is truncated or foreign"
+        elif got != self.sha256:
+            found = f"got sha256 {got[:16]}…, need {self.sha256[:16]}…; it is damaged"
+        else:
+            return content
+        raise BundleError(f"{what}: {found}: compile it again or restore it.")
 
     def check_file(self, path: Path, what: str) -> None:
         """check() for a file too large to hold in memory."""
