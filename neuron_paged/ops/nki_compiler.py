@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -141,9 +142,10 @@ class NkiKernelCompiler:
                 return read_result(folder)
             except (FileNotFoundError, json.JSONDecodeError) as error:  # it wrote nothing, or not to its end
                 said = " / ".join([line for line in done.stderr.splitlines() if line.strip()][-3:]) or "nothing"
-                raise CompileError(
-                    f"NKI kernels: the process with nki ended with exit code {done.returncode}: {said}"
-                ) from error
+                ended = f"NKI kernels: the process with nki ended with exit code {done.returncode}: {said}"
+                if not requests:
+                    ended += f". Its interpreter, {self._python or sys.executable}, needs nki: {INSTALL}."
+                raise CompileError(ended) from error
 
 
 def _request(kernel: Invocation) -> KernelRequest:

@@ -214,3 +214,5 @@ def test_no_nki_at_all() -> None:
         NkiKernelCompiler("trn2", 1)
     with pytest.raises(MissingPackageError, match="/no/python can't be run"):
         NkiKernelCompiler("trn2", 1, python=Path("/no/python"))
+    with pytest.raises(CompileError, match="with exit code 1: nothing. Its interpreter, .*false, needs nki: pip in"):
+        NkiKernelCompiler("trn2", 1, python=Path(str(shutil.which("false"))))
