@@ -4,6 +4,7 @@
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -278,8 +279,11 @@ def test_load_refuses_folder_without_safetensors(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_progress_bar_goes_to_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_bar_goes_to_the_terminal_of_stderr(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_checkpoint(tmp_path)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     load_model(tmp_path, progress=True)
     captured = capsys.readouterr()
     assert "Loading weights" in captured.err and captured.out == ""
