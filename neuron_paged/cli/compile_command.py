@@ -119,6 +119,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _notes(plan: "BuildPlan", args: argparse.Namespace) -> list[str]:
     """What may surprise whoever compiles this."""
+    from compile.buckets import CopyBucket
+    from neuron_paged.engine.bundle_kernels import COPIED_BLOCKS
     from neuron_paged.engine.named_buckets import planned_otherwise
 
     notes = []
@@ -126,6 +128,9 @@ def _notes(plan: "BuildPlan", args: argparse.Namespace) -> list[str]:
         why = plan.operators.note.rstrip(".")
         note = f"operators become plain operations, not NKI kernels ({why})"
         notes.append(f"{note}. --graph-kernels plain says so without this note.")
+    if args.target != "cpu" and not any(isinstance(bucket, CopyBucket) for bucket in plan.operators.buckets):
+        name = CopyBucket(COPIED_BLOCKS).name
+        notes.append(f"buckets: none copies blocks, so copies (n > 1) go through the host; --buckets {name} adds one.")
     here = {"block_size": plan.fields["cache"]["block_size"]}
     if args.target != "cpu":
         here |= {"target": args.target, "lnc": plan.fields["lnc"], "tensor_parallel_size": args.tensor_parallel}

@@ -211,8 +211,9 @@ def test_without_nki_a_note_says_that_operations_are_plain(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert dry_run(model, tmp_path)["fields"]["operators"] == "plain"
-    note = capsys.readouterr().err.splitlines()[-1]
+    note, copies = capsys.readouterr().err.splitlines()[-2:]
     assert "plain operations, not NKI kernels (NKI kernels: nki is not installed. Install it: pip install" in note
+    assert "none copies blocks" in copies and "--buckets copy-16" in copies
     dry_run(model, tmp_path, "--graph-kernels", "plain")
     assert "NKI" not in capsys.readouterr().err
 
