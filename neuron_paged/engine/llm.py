@@ -118,9 +118,8 @@ class LLM:
             available_bytes = sys.maxsize if on_device else available_memory_bytes()
             num_blocks = choose_num_blocks(cache_config, scheduler_config, all_ranks_block_bytes, available_bytes)
             config = EngineConfig(replace(cache_config, num_blocks=num_blocks), scheduler_config)
-            with _note_if_slow(
-                "Compiling the CPU kernels, once on this machine ...", progress and executor == "eager"
-            ):
+            # Mostly zeroing the cache; the first time on a machine the CPU kernels are compiled as well.
+            with _note_if_slow("Preparing the model and its KV cache ...", progress and executor == "eager"):
                 runner = make_executor(loaded.model, config, graphs, ranks, progress=progress, bundle=chosen)
             on_error.pop_all()
         self.engine = LLMEngine(
