@@ -8,7 +8,6 @@ checked against its sha256, and the manifest is published last.
 import io
 import os
 import tarfile
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import IO
 from compile.bundle import MAX_MANIFEST_BYTES, Bundle, FileRef
 from compile.bundle_store import publish_bundle, put_file, read_file
 from compile.errors import BundleError, StoreError
-from compile.store import Store, file_errors, open_store
+from compile.store import Store, file_errors, open_store, remove_temporary, temporary_folder
 
 # NEFFs are tens to hundreds of MB and a bundle has some dozens; whoever has more says so.
 DEFAULT_MAX_BYTES = 64 * 2**30
@@ -39,7 +38,7 @@ def export_bundle(store: Store, bundle: Bundle, target: Path) -> None:
     except OSError as error:
         raise StoreError(f"{target}: can't be written: {error.strerror or error}.") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        remove_temporary(temporary)
 
 
 def _is_gzip(target: Path) -> bool:
@@ -58,8 +57,8 @@ def import_bundle(location: str | Path, source: Path, *, max_bytes: int = DEFAUL
     The archive is read twice: nothing is written before all of it is known to be good. max_bytes: of all its files,
     unpacked. Raises BundleError for anything but an intact bundle, StoreError.
     """
-    with tempfile.TemporaryDirectory(prefix="neuron-paged-import-") as scratch:
-        file = Path(scratch) / "file"
+    with temporary_folder("import") as scratch:
+        file = scratch / "file"
         _read_archive(source, file, max_bytes, lambda ref: None)
         store = open_store(location, create=True)
         bundle = _read_archive(source, file, max_bytes, lambda ref: put_file(store, ref, file))

@@ -4,7 +4,6 @@ then the graph's entry, the bundle's manifest last.
 """
 
 import json
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from compile.bundle import (
     misses,
 )
 from compile.errors import BundleError, BundleMissError
-from compile.store import LocalStore, ObjectMissingError, Store, file_sha256
+from compile.store import LocalStore, ObjectMissingError, Store, file_sha256, remove_temporary, temporary_folder
 
 # What builds a bundle, for messages.
 BUILD_COMMAND = "neuron-paged compile --model … --target … --store …"
@@ -181,8 +180,8 @@ def copy_bundle(source: Store, target: Store, bundle: Bundle, progress: Progress
     Interrupted at any point, the target shows nothing new, and the next call goes on where this one stopped.
     Raises BundleError if a file of the source is missing or damaged, StoreError.
     """
-    with tempfile.TemporaryDirectory(prefix="neuron-paged-bundle-") as name:
-        scratch = target.scratch() if isinstance(target, LocalStore) else Path(name)
+    with temporary_folder("bundle") as folder:
+        scratch = target.scratch() if isinstance(target, LocalStore) else folder
         todo = [ref for ref in bundle.files.values() if not is_whole(target, ref)]
         for number, ref in enumerate(todo, 1):
             progress(f"file {number} of {len(todo)}, {ref.num_bytes} bytes")
@@ -191,7 +190,7 @@ def copy_bundle(source: Store, target: Store, bundle: Bundle, progress: Progress
                 put_file(target, ref, path)
             finally:
                 if path.parent == scratch:
-                    path.unlink(missing_ok=True)
+                    remove_temporary(path)
     return publish_bundle(target, bundle) or bool(todo)
 
 
@@ -207,7 +206,7 @@ def _checked_path(store: Store, ref: FileRef, scratch: Path) -> Path:
         if path.stat().st_size == ref.num_bytes and file_sha256(path) == ref.sha256:
             return path
         if path.parent == scratch:
-            path.unlink(missing_ok=True)
+            remove_temporary(path)
         elif attempt == 1:
             break
     raise BundleError(f"{store.location}: {ref.blob[:18]}… is damaged; compile it again or restore it.")
@@ -227,8 +226,8 @@ def is_whole(store: Store, ref: FileRef) -> bool:
         known = store.sha256(ref.blob)
         if known is not None:
             return known == ref.sha256
-        with tempfile.TemporaryDirectory(prefix="neuron-paged-whole-") as name:
-            return file_sha256(store.local_path(ref.blob, Path(name))) == ref.sha256
+        with temporary_folder("whole") as folder:
+            return file_sha256(store.local_path(ref.blob, folder)) == ref.sha256
     except ObjectMissingError:
         return False
 
@@ -236,13 +235,13 @@ def is_whole(store: Store, ref: FileRef) -> bool:
 def verify_bundle(store: Store, bundle: Bundle) -> list[str]:
     """Read every file; one line per file that is missing or damaged."""
     problems = []
-    with tempfile.TemporaryDirectory(prefix="neuron-paged-verify-") as name:
+    with temporary_folder("verify") as folder:
         for graph in bundle.graphs.values():
             for path, ref in graph.files.items():
                 try:
-                    copy = _checked_path(store, ref, Path(name))
-                    if copy.parent == Path(name):
-                        copy.unlink(missing_ok=True)
+                    copy = _checked_path(store, ref, folder)
+                    if copy.parent == folder:
+                        remove_temporary(copy)
                 except BundleError as error:
                     problems.append(f"{graph.bucket}/{path}: {error}")
     return problems

@@ -5,7 +5,6 @@ has nrtpy's documented interface.
 One process, one logical core. What a NEFF's tensors are called, neff_names.py knows.
 """
 
-import tempfile
 import threading
 from collections.abc import Mapping, MutableMapping
 from typing import Any
@@ -19,7 +18,7 @@ from compile.graph_runtime import Buffer
 from compile.graph_spec import TensorSpec
 from compile.lowered_graph import LoweredGraph
 from compile.neff_names import find_names
-from compile.store import file_errors
+from compile.store import file_errors, temporary_folder
 
 INSTALL = (
     "python3 -m venv VENV && VENV/bin/pip install nrtpy --extra-index-url=https://pip.repos.neuron.amazonaws.com "
@@ -70,11 +69,11 @@ class NeffRuntime:
     def load_compiled(self, graph: LoweredGraph, executable: bytes) -> "NeffExecutable":
         """Load a NEFF and check its tensors against the manifest; its inputs and results get their memory here."""
         # nrtpy takes a path; the file may go afterwards, for libnrt is given a NEFF's bytes.
-        folder = tempfile.gettempdir()
-        with file_errors(f"folder {folder}"), tempfile.NamedTemporaryFile(suffix=".neff", dir=folder) as file:
-            file.write(executable)
-            file.flush()
-            model = self._load(graph.manifest.name, file.name)
+        with temporary_folder("neff") as folder:
+            path = folder / "graph.neff"
+            with file_errors(f"folder {folder}"):
+                path.write_bytes(executable)
+            model = self._load(graph.manifest.name, str(path))
         return NeffExecutable(self, graph, model)
 
     def _load(self, name: str, path: str) -> Any:

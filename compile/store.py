@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -212,7 +213,7 @@ class LocalStore:
                     os.fsync(file.fileno())
                 published = publish(temporary, target)
             finally:
-                temporary.unlink(missing_ok=True)
+                remove_temporary(temporary)
             _sync_folder(target.parent)
         return published
 
@@ -267,6 +268,25 @@ def locked(path: Path) -> Iterator[BinaryIO | None]:
         except OSError:
             is_ours = False
         yield file if is_ours else None
+
+
+@contextlib.contextmanager
+def temporary_folder(purpose: str) -> Iterator[Path]:
+    """An empty folder outside any store, removed afterwards. StoreError if there is no place for one."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=f"neuron-paged-{purpose}-")
+    except OSError as error:
+        raise StoreError(
+            f"temporary folder: none can be made ({error.strerror}); set TMPDIR to a folder that can be written."
+        ) from error
+    with folder as name:
+        yield Path(name)
+
+
+def remove_temporary(path: Path) -> None:
+    """Remove a file if it is there. Silent, for use in `finally`: the error that led there says more."""
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where results go: files that appear whole or not at all, and plain-text tables."""
 
+import contextlib
 import json
 import os
 import sys
@@ -69,7 +70,8 @@ def write_file(option: str, target: str, save: Callable[[Path], object]) -> None
         raise InvalidRequestError(f"{option}: could not write {target}: {error.strerror}.") from error
     finally:
         if temporary is not None:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what is raised above says more
+                temporary.unlink(missing_ok=True)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

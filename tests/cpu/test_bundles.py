@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -469,6 +470,19 @@ def test_archives_round_trip(store: LocalStore, tmp_path: Path, name: str) -> No
         before = (tmp_path / name).read_bytes()
         export_bundle(target, bundle, tmp_path / name)
         assert (tmp_path / name).read_bytes() == before
+
+
+def test_a_place_that_cannot_be_written_is_one_error(
+    store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, no_folder = publish(store), tmp_path / "file"
+    no_folder.write_bytes(b"")
+    with pytest.raises(StoreError, match="b.tar: can't be written: Not a directory"):
+        export_bundle(store, bundle, no_folder / "b.tar")
+    export_bundle(store, bundle, tmp_path / "b.tar")
+    monkeypatch.setattr(tempfile, "tempdir", str(no_folder))
+    with pytest.raises(StoreError, match="TMPDIR"):
+        import_bundle(tmp_path / "target", tmp_path / "b.tar")
 
 
 def test_import_makes_a_damaged_file_whole_again(store: LocalStore, tmp_path: Path) -> None:
