@@ -112,7 +112,10 @@ class GraphConfig:
 
     def __post_init__(self) -> None:
         if self.executor == "eager" and self.bundle is not None:
-            raise ConfigError("bundle: eager steps need none; need executor='hlo-cpu' or 'neuron' with it.")
+            raise ConfigError(
+                "executor: got 'eager' with a bundle, whose graphs it does not run; need 'hlo-cpu' or 'neuron', or no "
+                "bundle."
+            )
         if self.bundle is None and not self.allow_compiling:
             raise ConfigError("no_compile: got no bundle with it, need one to take the graphs from.")
         for name, allowed in (("executor", EXECUTORS), ("kernels", GRAPH_KERNELS)):

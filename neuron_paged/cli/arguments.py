@@ -68,9 +68,10 @@ def add_graph_arguments(parser: argparse.ArgumentParser) -> None:
     """How steps run: eagerly, or as compiled graphs."""
     group = parser.add_argument_group("graphs")
     group.add_argument(
-        "--executor", choices=EXECUTORS, default="eager",
+        "--executor", choices=EXECUTORS,
         help="eager runs steps as they come; hlo-cpu lowers the model into a static graph per bucket, as for a device, "
-        "and runs those on XLA:CPU; neuron runs on a Neuron device, with --bundle its NEFFs (default: eager)",
+        "and runs those on XLA:CPU; neuron runs on a Neuron device, with --bundle its NEFFs (default: eager; with "
+        "--bundle hlo-cpu)",
     )  # fmt: skip
     group.add_argument(
         "--graph-bucket", action="append", metavar="NAME",

@@ -207,7 +207,7 @@ def _kv_cache(llm: "LLM") -> dict[str, Any]:
     }
 
 
-def _figures(statistics: dict[str, Any], executor: str) -> str:
+def _figures(statistics: dict[str, Any], executor: str | None) -> str:
     first, cache = statistics["mean_time_to_first_token_s"], statistics["kv_cache"]
     on_device = executor in ("xla", "neuron")
     where = f"executor {executor}" if on_device else f"measured on CPU, {statistics['num_threads']} threads"

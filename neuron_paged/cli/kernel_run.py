@@ -61,7 +61,8 @@ def run_kernel(args: argparse.Namespace) -> int:
     if args.json != STDOUT:
         _print(result, args.hot_lines)
     _write_files(result, args)
-    return CHECK_FAILED if any(not check.passed for check in result.checks) else 0
+    failed = bool(result.report.poisoned) or not all(check.passed for check in result.checks)
+    return CHECK_FAILED if failed else 0
 
 
 def _run(args: argparse.Namespace, target: str) -> Run:
@@ -213,6 +214,8 @@ def _row(name: str, value: Any) -> str:
     text = f"  {name:<20} {facts['dtype']:<10} {facts['shape']!s:<18}"
     if facts["min"] is not None:
         text += f" {facts['min']:.5g} .. {facts['max']:.5g}, mean {facts['mean']:.4g}"
+    else:
+        text += " no finite element"
     return text + "".join(f", {facts[key]} {key[4:]}" for key in ("num_nan", "num_inf") if facts[key])
 
 

@@ -21,7 +21,8 @@ TensorE peaks, SBUF and PSUM, instructions, what bounds it. Heads are those of o
 lengths: 128,512,8192 or 8x8192 or 4x128,2x1024, tokens of each sequence
 """
 _RUN = """\
-Run one kernel on numpy arrays and print its outputs, what it depends on, and where the modelled time goes.
+Run one kernel on numpy arrays and print its outputs, what it depends on, and where the modelled time goes. Exit code 1
+if it leaves elements of an output unwritten.
 
 arguments, in the kernel's order (quote them, shells read brackets):
   'fp32[128,512]'          random normal by --seed; integers: zeros

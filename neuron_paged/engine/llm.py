@@ -41,11 +41,11 @@ class LLM:
     SchedulerConfig; max_model_len defaults to what the model allows, at most config.DEFAULT_MAX_MODEL_LEN; num_blocks
     to a quarter of the free memory.
     executor: "eager" runs steps as they come; "hlo-cpu" lowers the model into one static graph per bucket, as for a
-    device, and runs those on XLA:CPU; "xla" and "neuron": see GraphConfig. graph_buckets: names of compile.buckets
-    ("decode-8x0x4x2", "decode_table-8x16") or files of grids, None = ladders from the limits. graph_kernels,
-    graph_python: see GraphConfig.kernels and .python. bundle: store with graphs that `neuron-paged compile` made, a
-    folder or s3://bucket/prefix: for target cpu, or with executor "neuron" for this machine's target; cache settings
-    and max_model_len that are not given are the bundle's.
+    device, and runs those on XLA:CPU; "xla" and "neuron": see GraphConfig; None: "hlo-cpu" with a bundle, else "eager".
+    graph_buckets: names of compile.buckets ("decode-8x0x4x2", "decode_table-8x16") or files of grids, None = ladders
+    from the limits. graph_kernels, graph_python: see GraphConfig.kernels and .python. bundle: store with graphs that
+    `neuron-paged compile` made, a folder or s3://bucket/prefix: for target cpu, or with executor "neuron" for this
+    machine's target; cache settings and max_model_len that are not given are the bundle's.
     no_compile: without a fitting bundle fail at once instead of lowering and compiling.
     Raises ModelNotFoundError, UnsupportedModelError, CheckpointError, ConfigError, GraphError, RankError.
     """
@@ -59,7 +59,7 @@ class LLM:
         tensor_parallel_size: int = 1,
         seed: int | None = 0,
         progress: bool = True,
-        executor: Literal["eager", "hlo-cpu", "xla", "neuron"] = "eager",
+        executor: Literal["eager", "hlo-cpu", "xla", "neuron"] | None = None,
         graph_buckets: Sequence[str] | None = None,
         graph_kernels: Literal["cpu", "simulator", "plain"] = "cpu",
         graph_python: str | Path | None = None,
@@ -68,8 +68,7 @@ class LLM:
         **engine_settings: Any,
     ) -> None:
         cache, scheduler = split_settings(engine_settings)
-        if bundle is not None and executor == "eager":
-            executor = "hlo-cpu"
+        executor = executor or ("eager" if bundle is None else "hlo-cpu")
         graphs = GraphConfig(
             executor,
             _bucket_names(graph_buckets),

@@ -11,12 +11,17 @@ from .capacity import HighWater
 from .events import Event
 from .timeline import Timeline, simulate
 
+# What is said of elements that a kernel left poisoned.
+POISONED = "were never written, or depend on memory that was not or was written in undefined order"
 LANES = ("dma", "tensor", "vector", "scalar", "gpsimd", "sync", "hwdge")
 
 
 @dataclass
 class Report:
-    """Facts about one launch; `events[i]` belongs to core i. Times are modelled, not measured."""
+    """Facts about one launch; `events[i]` belongs to core i. Times are modelled, not measured.
+
+    poisoned: per output or argument which elements POISONED is true of.
+    """
 
     generation: Generation
     target: str
@@ -109,7 +114,7 @@ class Report:
             f"bound by             {self.bound():>12}",
         ]
         rows += [f"note: {text}" for text in self.diagnostics]
-        rows += [f"POISON: {text}" for text in self.poisoned]
+        rows += [f"POISON: {text} {POISONED}" for text in self.poisoned]
         return "\n".join(rows)
 
     def hot_lines(self, top: int = 10) -> list[tuple[str, int, float]]:

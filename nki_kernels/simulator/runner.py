@@ -19,7 +19,7 @@ from .machine import MAX_LOOP_ITERATIONS, Core, Machine
 from .memory import SHARED_HBM, Storage
 from .objects import NKIObject
 from .races import Accesses
-from .report import Report, Result
+from .report import POISONED, Report, Result
 from .state import current_or_none
 from .tensor import NkiTensor
 from .views import contiguous_strides
@@ -137,11 +137,11 @@ def launch(
     outputs = _unbind(returned[0], arguments, report, "output")
     for storage, _, label in arguments.bound:
         if storage.poison is not None and storage.poison.any():
-            report.poisoned.append(f"argument {label}: {int(storage.poison.sum())} elements")
+            report.poisoned.append(f"{int(storage.poison.sum())} elements of argument {label}")
     if report.poisoned and strict:
         reads = [d for d in report.diagnostics if d.startswith("reads memory")]
         raise PoisonError(
-            f"{'; '.join(report.poisoned)} depend on memory that was never written. {'; '.join(reads[:3])}"
+            f"{'; '.join(report.poisoned)} {POISONED}. {'; '.join(reads[:3])}"
         )
     return Result(outputs, report)
 
@@ -264,7 +264,7 @@ def _unbind(value: Any, arguments: Arguments, report: Report, label: str) -> Any
         if storage.poison is not None:
             count = int(storage.poison_view(value.dtype, value.shape, value.strides, value.offset).sum())
             if count:
-                report.poisoned.append(f"{label} {storage.name}: {count} elements")
+                report.poisoned.append(f"{count} elements of {label} {storage.name}")
         original = arguments.original(value)
         return original if original is not None else value.array.copy()
     if isinstance(value, (tuple, list)):

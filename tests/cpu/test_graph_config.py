@@ -50,6 +50,7 @@ REFUSED = [
     ({"graph_buckets": ["missing.json"]}, "graph_buckets: .*missing.json"),
     ({"graph_kernels": "gpu"}, "kernels: got 'gpu', need one of"),
     ({"executor": "cuda"}, "executor: got 'cuda', need one of"),
+    ({"executor": "eager", "bundle": "store"}, "executor: got 'eager' with a bundle, .* need 'hlo-cpu' or 'neuron'"),
     ({"executor": "eager", "graph_kernels": "plain"}, "executor: got 'eager' with .* for graphs"),
 ]
 

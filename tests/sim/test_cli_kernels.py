@@ -143,7 +143,10 @@ def test_a_failed_check_exits_with_1_and_says_where(file: Path) -> None:
 
 def test_poisoned_output_is_reported_and_refused_by_strict(file: Path) -> None:
     done = kernels("run", f"{file}:reads_fresh_memory", "fp32[4,4]", "--json", "-")
-    assert done.returncode == 0 and json.loads(done.stdout)["poisoned"]
+    assert done.returncode == 1 and json.loads(done.stdout)["poisoned"] == ["16 elements of output shared_hbm1"]
+    done = kernels("run", f"{file}:reads_fresh_memory", "fp32[4,4]")
+    assert done.returncode == 1 and "POISON: 16 elements of output shared_hbm1 were never written, or" in done.stdout
+    assert "no finite element, 16 nan" in done.stdout
     assert_refused(kernels("run", f"{file}:reads_fresh_memory", "fp32[4,4]", "--strict"), "never written", "mine.py:")
 
 
