@@ -23,8 +23,8 @@ from compile.lowered_graph import LoweredGraph
 # torch_xla's tracing interface is private and changes with every release; this one was tested.
 TORCH_VERSION = TORCH_XLA_VERSION = "2.9.0"
 INSTALL = (
-    f"python3.11 -m venv VENV && VENV/bin/pip install torch=={TORCH_VERSION} torch_xla=={TORCH_XLA_VERSION} numpy, "
-    "then name VENV/bin/python as the interpreter that lowers (python=, graph_python=, --graph-python), or run "
+    "in a clone of neuron-paged, bash -c 'source .ci/venv.sh && ensure_xla_venv .venv-xla' (Linux x86-64, 3 GB), then "
+    "name .venv-xla/bin/python as the interpreter that lowers (python=, graph_python=, --graph-python), or run "
     "everything there"
 )
 # Functionalization changes the graph (more instructions, same results), so it is pinned: off, as torch-neuronx has it.

@@ -64,7 +64,7 @@ def test_impossible_settings_are_refused_before_a_model_is_loaded(changes: dict,
 def test_an_interpreter_that_is_not_there_is_one_line_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("jaxlib", reason="jaxlib is looked for first: pip install jaxlib==0.7.1")
     arguments = ["--executor", "hlo-cpu", "--graph-python", "/no/python", "--prompt", "x"]
-    with pytest.raises(GraphError, match="python: /no/python can't be run. Make one: python3.11 -m venv"):
+    with pytest.raises(GraphError, match="python: /no/python can't be run. Make one: in a clone .*ensure_xla_venv"):
         LLM("demo", executor="hlo-cpu", graph_python="/no/python")
     assert main(["generate", *arguments]) == 2
     error = capsys.readouterr().err
