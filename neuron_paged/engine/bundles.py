@@ -4,7 +4,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from compile.bundle import Bundle, Fields
 from compile.bundle_store import copy_bundle, find_bundle
@@ -14,7 +14,8 @@ from neuron_paged.env import cache_dir
 from neuron_paged.models.config import ModelConfig
 from neuron_paged.models.graph_plans import GraphModel, PlansFor
 
-_DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_SHORT_NAMES: dict[str, Literal["fp32", "bf16", "fp16"]] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+_DTYPE_NAMES: dict[str, str] = {short: name for name, short in _SHORT_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,18 @@ class ChosenBundle:
     bundle: Bundle
 
     @property
+    def dtype(self) -> Literal["fp32", "bf16", "fp16"]:
+        """Of weights and activations, as LLM takes it."""
+        return _SHORT_NAMES[self.bundle.fields["model"]["dtype"]]
+
+    @property
     def cache_settings(self) -> dict[str, Any]:
         """block_size, num_blocks and kv_cache_dtype as CacheConfig takes them."""
         cache = self.bundle.fields["cache"]
-        dtypes = {name: short for short, name in _DTYPE_NAMES.items()}
         return {
             "block_size": cache["block_size"],
             "num_blocks": cache["num_blocks"],
-            "kv_cache_dtype": dtypes[cache["dtype"]],
+            "kv_cache_dtype": _SHORT_NAMES[cache["dtype"]],
         }
 
     @property
@@ -69,8 +74,9 @@ def choose_bundle(
 ) -> ChosenBundle:
     """The bundle of a store that fits these settings; one under s3:// is pulled into the cache folder.
 
-    dtype: as LLM takes it. cache: CacheConfig's settings that were given. max_model_len: None = whatever the bundle
-    has. fields_here: what a bundle for a model must say to be served here. buckets: names it must have.
+    dtype: as LLM takes it, "auto" = the bundle's. cache: CacheConfig's settings that were given, and max_model_len:
+    what is left out or None is the bundle's, too. fields_here: what a bundle for a model must say to be served here.
+    buckets: names it must have.
     Raises BundleMissError, which names the nearest bundle and what differs; BundleError, StoreError.
     """
     store = open_store(location)
@@ -95,7 +101,8 @@ def wanted_fields(
 ) -> Fields:
     """Fields of a bundle's key that are settled; those that were not given are left out."""
     name = _DTYPE_NAMES.get(dtype, "float32")
-    kv_dtype = _DTYPE_NAMES.get(cache.get("kv_cache_dtype", "auto"), name)
+    kv_name = cache.get("kv_cache_dtype", "auto")
+    kv_dtype = _DTYPE_NAMES.get(kv_name, name)
     open_value = 0
     model = GraphModel(
         config,
@@ -106,9 +113,9 @@ def wanted_fields(
         kv_dtype,
     )
     fields = {**fields_here(model)}
-    for group, given in (("model", {"max_positions": max_model_len}), ("cache", cache)):
+    for group in ("model", "cache"):
         kept = {k: v for k, v in fields[group].items() if v != open_value}
-        if group == "cache" and "kv_cache_dtype" not in given:
+        if (group == "model" and dtype == "auto") or (group == "cache" and kv_name == "auto"):
             kept.pop("dtype", None)
         fields[group] = kept
     return {name: value for name, value in fields.items() if value != {}}

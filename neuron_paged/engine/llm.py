@@ -34,8 +34,9 @@ class LLM:
     """A model ready to generate.
 
     model: "demo", a folder with config.json and safetensors, a .gguf file, or org/name on the Hugging Face hub.
-    dtype: of activations and KV cache, "auto" | "fp32" | "bf16" | "fp16"; "auto" is fp32. weight_dtype: what the linear
-    layers' weights are stored in, "auto" is dtype; "bf16" decodes few sequences faster, their products stay in fp32.
+    dtype: of activations and KV cache, "auto" | "fp32" | "bf16" | "fp16"; "auto" is fp32, or the bundle's.
+    weight_dtype: what the linear layers' weights are stored in, "auto" is dtype; "bf16" decodes few sequences faster,
+    their products stay in fp32.
     tensor_parallel_size: processes that share the weights, KV heads and CPU threads of this one; this is the first.
     seed: of the generator that gives requests without a seed theirs. engine_settings: any field of CacheConfig and
     SchedulerConfig; max_model_len defaults to what the model allows, at most config.DEFAULT_MAX_MODEL_LEN; num_blocks
@@ -91,6 +92,7 @@ class LLM:
             graphs, model, dtype=dtype, cache=cache, max_model_len=scheduler.get("max_model_len")
         )
         if chosen is not None:
+            dtype = chosen.dtype
             cache = cache | chosen.cache_settings
             scheduler = scheduler | {"max_model_len": chosen.max_model_len}
         ranks = RankPool(tensor_parallel_size)

@@ -156,7 +156,7 @@ def test_settings_that_are_not_given_are_left_open() -> None:
     whole = graph_fields.cpu_fields(MODEL, "kernels")
     here = partial(graph_fields.served_cpu_fields, kernels="cpu")
     wanted = wanted_fields(CONFIG, dtype="auto", cache={}, max_model_len=None, fields_here=here)
-    assert "cache" not in wanted and "max_positions" not in wanted["model"]
+    assert "cache" not in wanted and not {"max_positions", "dtype"} & set(wanted["model"])
     given = {"block_size": 8, "num_blocks": 24, "kv_cache_dtype": "fp32"}
     assert wanted_fields(CONFIG, dtype="fp32", cache=given, max_model_len=64, fields_here=here) == whole
     assert bundle_key(whole, ["a"]) != bundle_key(graph_fields.cpu_fields(MODEL, "plain"), ["a"])

@@ -146,6 +146,23 @@ def test_a_dry_run_needs_no_store_and_makes_none(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_neuron_targets_get_bf16_and_room_for_one_sequence(tmp_path: Path) -> None:
+    """Llama-3.1-8B by its config alone: 1 GiB of KV cache does not hold the default context."""
+    config = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+        "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    command = ["compile", "--model", str(tmp_path), "--target", "trn2", "--compiler", STAND_IN, "--dry-run"]
+    command += ["--store", str(tmp_path / "store"), "--graph-kernels", "plain", "--json", str(tmp_path / "plan.json")]
+    assert main(command) == 0
+    fields = json.loads((tmp_path / "plan.json").read_text())["fields"]
+    cache, length = fields["cache"], fields["model"]["max_positions"]
+    assert fields["model"]["dtype"] == cache["dtype"] == "bfloat16"
+    assert (cache["num_blocks"] - 1) * cache["block_size"] >= length >= 8192
+
+
 BAD = [
     (["--target", "trn2", "--compiler", "no-such-compiler"], "no such executable"),
     (["--target", "trn2", "--compiler", STAND_IN, "--compiler-flags=--no_cache"], "wrapper"),

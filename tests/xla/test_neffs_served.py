@@ -41,7 +41,7 @@ def store(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Bundles of one model for trn1 and trn2, in one store, which nobody may write to."""
     location = tmp_path_factory.mktemp("bundles") / "store"
     common = ["compile", "--model", str(model), "--compiler", str(STAND_INS / "neuronx-cc"), *SETTINGS]
-    common += ["--store", str(location)]
+    common += ["--dtype", "fp32", "--store", str(location)]
     for target, buckets in (("trn1", BUCKETS), ("trn2", [*BUCKETS, COPY])):
         assert main([*common, "--target", target, "--buckets", *buckets]) == 0
     for path in [location, *location.rglob("*")]:

@@ -45,6 +45,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NEURONX_CC = str(ROOT / "tests" / "cpu" / "stand_ins" / "neuronx-cc")
 NKI = ROOT / "tests" / "sim" / "stand_ins"
 BLOCK_SIZE, NUM_BLOCKS, MAX_LEN = 16, 9, 64
+FP32 = ("--dtype", "fp32")  # whose tokens are compared
 DECODE, PREFILL = "decode-2x0x1x2", "prefill-16x1"
 SETTINGS = [f"--block-size={BLOCK_SIZE}", f"--num-blocks={NUM_BLOCKS}", f"--max-model-len={MAX_LEN}"]
 
@@ -63,7 +64,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compile_bundle(model: Path, store: Path, *options: str) -> int:
-    command = ["compile", "--model", str(model), "--compiler", NEURONX_CC, "--store", str(store), *SETTINGS]
+    command = ["compile", "--model", str(model), "--compiler", NEURONX_CC, "--store", str(store), *FP32, *SETTINGS]
     return main([*command, *options])
 
 
