@@ -205,6 +205,13 @@ def _shown(flat: Mapping[str, Any], name: str) -> str:
     return text if len(text) <= 60 else text[:57] + "…"
 
 
+def needed(bundle: Bundle, wanted: Fields, buckets: Iterable[str]) -> dict[str, Any]:
+    """Fields of `wanted` that a bundle has otherwise, flat, and under "buckets" the names that it lacks."""
+    there, missing = flatten(bundle.fields), sorted(set(buckets) - set(bundle.graphs))
+    found = {name: value for name, value in flatten(wanted).items() if there.get(name) != value}
+    return found | ({"buckets": missing} if missing else {})
+
+
 def misses(bundle: Bundle, wanted: Fields, buckets: Iterable[str]) -> list[str]:
     """Why a bundle does not serve: fields of `wanted` that differ, and buckets it lacks (one line). [] if it does."""
     lines = differences(bundle.fields, wanted, partial=True)

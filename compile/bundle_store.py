@@ -17,6 +17,7 @@ from compile.bundle import (
     digest,
     graph_key,
     misses,
+    needed,
 )
 from compile.errors import BundleError, BundleMissError
 from compile.store import LocalStore, ObjectMissingError, Store, file_sha256, remove_temporary, temporary_folder
@@ -99,7 +100,8 @@ def find_bundle(store: Store, wanted: Fields, buckets: Iterable[str] = ()) -> Bu
     shown = "; ".join(lines[:6]) + (f"; and {len(lines) - 6} more" if len(lines) > 6 else "")
     raise BundleMissError(
         f"{store.location}: no bundle for these settings{damaged}. The nearest, {bundle.key[:12]}, differs "
-        f"(there → here) in {shown}. Build it: {BUILD_COMMAND}."
+        f"(there → here) in {shown}. Build it: {BUILD_COMMAND}.",
+        needed(bundle, wanted, names),
     )
 
 

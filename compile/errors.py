@@ -2,6 +2,7 @@
 """Errors of the compile layer. Wrong arguments raise ValueError; these are for what goes wrong with good arguments."""
 
 from collections.abc import Mapping
+from typing import Any
 
 
 class CompileError(RuntimeError):
@@ -41,7 +42,14 @@ class BundleError(CompileError):
 
 
 class BundleMissError(BundleError):
-    """No bundle for these settings; the message names the nearest one and the fields in which it differs."""
+    """No bundle for these settings; the message names the nearest one and the fields in which it differs.
+
+    needed: those fields with the values that are wanted, names as in bundle.flatten; "buckets": names that it lacks.
+    """
+
+    def __init__(self, message: str, needed: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.needed = dict(needed or {})
 
 
 class StoreError(CompileError):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Choosing a bundle for an engine before any weight is read: what is not set is taken from the bundle."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,21 @@ from neuron_paged.models.graph_plans import GraphModel, PlansFor
 
 _SHORT_NAMES: dict[str, Literal["fp32", "bf16", "fp16"]] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _DTYPE_NAMES: dict[str, str] = {short: name for name, short in _SHORT_NAMES.items()}
+# Options of `neuron-paged compile` that set a field of a bundle's key (see graph_fields).
+_OPTIONS = {
+    "model.dtype": "--dtype",
+    "model.max_positions": "--max-model-len",
+    "cache.block_size": "--block-size",
+    "cache.num_blocks": "--num-blocks",
+    "cache.dtype": "--kv-cache-dtype",
+    "target": "--target",
+    "lnc": "--lnc",
+    "tensor_parallel": "--tensor-parallel",
+    "operators": "--graph-kernels",
+    "buckets": "--buckets",
+}
+# Values of fields as the options take them.
+_OPTION_VALUES: dict[str, str] = {**_SHORT_NAMES, "kernels": "cpu"}
 
 
 @dataclass(frozen=True)
@@ -119,3 +134,14 @@ def wanted_fields(
             kept.pop("dtype", None)
         fields[group] = kept
     return {name: value for name, value in fields.items() if value != {}}
+
+
+def compile_options(needed: Mapping[str, Any]) -> str:
+    """Options of `neuron-paged compile` for the fields that a bundle lacks (see BundleMissError), in one sentence;
+    empty if no option sets them."""
+    words = []
+    for name, option in _OPTIONS.items():
+        if name in needed:
+            values = needed[name] if isinstance(needed[name], list) else [needed[name]]
+            words += [option, *(_OPTION_VALUES.get(value, str(value)) for value in values)]
+    return f" What differs is set there by {' '.join(words)}." if words else ""

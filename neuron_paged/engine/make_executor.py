@@ -215,7 +215,7 @@ def find_graphs(
             "kv_cache_memory_bytes: got it with a bundle, whose graphs fix the number of blocks; need num_blocks or "
             "neither of them."
         )
-    from neuron_paged.engine.bundles import choose_bundle
+    from neuron_paged.engine.bundles import choose_bundle, compile_options
     from neuron_paged.engine.named_buckets import named_buckets
     from neuron_paged.models.loader import read_config
 
@@ -230,10 +230,11 @@ def find_graphs(
             buckets=None if graphs.buckets is None else [bucket.name for bucket in named_buckets(graphs.buckets)],
         )
     except BundleMissError as error:
+        miss = f"{error}{compile_options(error.needed)}"
         if not graphs.allow_compiling:
             here = f" This machine is {neuron_machine()}." if graphs.serves_neffs else ""
-            raise GraphError(f"{error}{here}") from error
-        print(f"{error} Compiling now.", file=sys.stderr, flush=True)
+            raise GraphError(f"{miss}{here}") from error
+        print(f"{miss} Compiling now.", file=sys.stderr, flush=True)
         require_graph_packages(replace(graphs, bundle=None, kernels="cpu"))
         return None
     except CompileError as error:

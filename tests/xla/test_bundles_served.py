@@ -63,21 +63,21 @@ def test_a_fresh_process_serves_a_read_only_copy_without_compiling(
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "says", "set_by"),
     [
-        (["--max-model-len=32"], "model.max_positions: 64 → 32"),
-        (["--num-blocks=25"], "cache.num_blocks: 24 → 25"),
-        (["--block-size=16"], "cache.block_size: 8 → 16"),
-        (["--graph-bucket", "decode_table-64x4"], "buckets: no decode_table-64x4"),
+        (["--max-model-len=32"], "model.max_positions: 64 → 32", "--max-model-len 32."),
+        (["--num-blocks=25"], "cache.num_blocks: 24 → 25", "--num-blocks 25."),
+        (["--dtype=bf16", "--kv-cache-dtype=fp32"], "model.dtype: float32 → bfloat16", "--dtype bf16."),
+        (["--graph-bucket", "decode_table-64x4"], "buckets: no decode_table-64x4", "--buckets decode_table-64x4."),
     ],
 )
 def test_a_miss_is_one_line_that_names_what_differs(
-    model: Path, store: Path, capsys: pytest.CaptureFixture[str], options: list[str], says: str
+    model: Path, store: Path, capsys: pytest.CaptureFixture[str], options: list[str], says: str, set_by: str
 ) -> None:
     command = ["generate", "--model", str(model), *PROMPT, "--bundle", str(store), "--no-compile"]
     assert main([*command, *options]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and says in lines[0] and "neuron-paged compile" in lines[0]
+    assert len(lines) == 1 and says in lines[0] and "neuron-paged compile" in lines[0] and lines[0].endswith(set_by)
 
 
 @pytest.mark.parametrize(
