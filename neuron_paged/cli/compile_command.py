@@ -91,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"bundle {bundle_key(plan.fields, names)[:12]}: {len(names)} graphs for {args.target}", file=sys.stderr)
         for note in _notes(plan, args):
             print(note, file=sys.stderr)
+        if args.target != "cpu":
+            _check_hbm(plan, args.target)
         if args.dry_run:
             states = _finished(args.store, plan.fields, names)
             if args.json != STDOUT:
@@ -136,6 +138,27 @@ def _notes(plan: "BuildPlan", args: argparse.Namespace) -> list[str]:
         here |= {"target": args.target, "lnc": plan.fields["lnc"], "tensor_parallel_size": args.tensor_parallel}
     lines = planned_otherwise(args.buckets or (), here)
     return notes + [f"{line}: its buckets may hold less and take longer than it says." for line in lines]
+
+
+def _check_hbm(plan: "BuildPlan", target: str) -> None:
+    """InvalidRequestError if a rank's weights and KV cache alone exceed the HBM of its logical core."""
+    from neuron_paged.memory import size_text
+    from neuron_paged.planning.decoder_model import decoder_model
+    from neuron_paged.planning.device_memory import RUNTIME_BYTES
+    from neuron_paged.planning.instances import core_hbm_bytes
+
+    model, lnc = plan.operators.model, plan.fields["lnc"]
+    sizes, ranks = decoder_model("", model.config), model.tensor_parallel_size
+    embedding = 0 if model.config.tie_word_embeddings else sizes.hidden_size * -(-sizes.vocab_size // ranks)
+    weights = plan.item_bytes * (sizes.rank_weights(ranks) + embedding)
+    cache, there = plan.kv_cache_bytes, core_hbm_bytes(target, lnc) - RUNTIME_BYTES
+    if weights + cache > there:
+        raise InvalidRequestError(
+            f"--target {target}: got weights of {size_text(weights)} and a KV cache of {size_text(cache)} per rank, "
+            f"need at most the {size_text(there)} of HBM that a logical core (LNC {lnc}) has for them; lower "
+            "--kv-cache-memory or --max-model-len, or give --tensor-parallel more ranks (plan-buckets --instance says "
+            "which fit)."
+        )
 
 
 def _finished(location: str, fields: "Fields", names: list[str]) -> dict[str, bool]:

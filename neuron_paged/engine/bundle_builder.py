@@ -76,6 +76,16 @@ class BuildPlan:
     costs_us: Mapping[str, float] = field(default_factory=dict)
 
     @property
+    def item_bytes(self) -> int:
+        """Of one weight."""
+        return _ITEM_BYTES[self.operators.model.dtype]
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Of a rank's caches."""
+        return self.operators.model.num_blocks * _block_bytes(self.operators.model)
+
+    @property
     def buckets(self) -> tuple[AnyBucket, ...]:
         """What is compiled."""
         return self.operators.buckets
@@ -156,8 +166,7 @@ def plan_build(
         raise ConfigError(f"block_size: got {cache.block_size}, graphs need a power of two.")
     scheduler = replace(scheduler, max_model_len=length)
     graph_model = GraphModel(config, name, length, cache.block_size, 0, kv_dtype, tensor_parallel_size)
-    layout = KVCacheLayout(graph_model.rank_config.num_kv_heads, cache.block_size, config.head_dim)
-    block_bytes = config.num_layers * layout.block_bytes(_ITEM_BYTES[kv_dtype])
+    block_bytes = _block_bytes(graph_model)
     if cache.num_blocks is None and cache.kv_cache_memory_bytes is None:
         one_sequence = (-(-length // cache.block_size) + 1) * block_bytes
         cache = replace(cache, kv_cache_memory_bytes=max(DEFAULT_KV_CACHE_BYTES, one_sequence))
@@ -190,6 +199,12 @@ def plan_build(
     costs = {} if buckets is None else bucket_costs(buckets)
     costs_us = {bucket.name: cost for bucket, cost in costs.items() if cost is not None}
     return BuildPlan(operators, target, fields, backend, python, built, costs_us)
+
+
+def _block_bytes(model: GraphModel) -> int:
+    """Of one block over all layers of a rank."""
+    layout = KVCacheLayout(model.rank_config.num_kv_heads, model.block_size, model.config.head_dim)
+    return model.config.num_layers * layout.block_bytes(_ITEM_BYTES[model.kv_cache_dtype])
 
 
 def _cpu_backend(operators: Operators) -> tuple[Fields, Backend]:

@@ -2,6 +2,7 @@
 """From `neuron-paged compile` to served tokens: local stores, read-only folders, fresh processes, nothing compiled."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -146,8 +147,10 @@ def test_a_dry_run_needs_no_store_and_makes_none(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_neuron_targets_get_bf16_and_room_for_one_sequence(tmp_path: Path) -> None:
-    """Llama-3.1-8B by its config alone: 1 GiB of KV cache does not hold the default context."""
+def test_neuron_targets_get_bf16_and_room_for_one_sequence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Llama-3.1-8B by its config alone: 1 GiB of KV cache does not hold the default context, inf2 not the weights."""
     config = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
         "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
@@ -161,6 +164,10 @@ def test_neuron_targets_get_bf16_and_room_for_one_sequence(tmp_path: Path) -> No
     cache, length = fields["cache"], fields["model"]["max_positions"]
     assert fields["model"]["dtype"] == cache["dtype"] == "bfloat16"
     assert (cache["num_blocks"] - 1) * cache["block_size"] >= length >= 8192
+    command[command.index("trn2")] = "inf2"
+    assert main(command) == 2
+    says = r"--target inf2: got weights of 14\.96 GiB and .*need at most the 15\.87 GiB of HBM"
+    assert re.search(says, capsys.readouterr().err.splitlines()[-1])
 
 
 BAD = [
