@@ -155,13 +155,14 @@ def compile_graphs(
 
 
 def _keep_log(result: CompileResult, folder: Path) -> CompileResult:
-    """The result; its error says so if the log could not be written, for that must not end the other compilers."""
+    """The result; its error names the log, or why it could not be written, which must not end other compilers."""
+    path = folder / f"{result.name}.log"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{result.name}.log").write_text(result.log)
+        path.write_text(result.log)
     except OSError as error:
         return replace(result, error=f"{result.error} (its log can't be kept in {folder}: {error.strerror})")
-    return result
+    return replace(result, error=f"{result.error} (log: {path})")
 
 
 def _start_jobs(
@@ -236,7 +237,7 @@ def _result(running: _Running, code: int | None, log: str, seconds: float, timeo
     elif code != 0:
         error = f"neuronx-cc failed: {explain(code, log)}"
     elif not neff.is_file() or neff.stat().st_size == 0:
-        error = "neuronx-cc ended with exit code 0 but wrote no NEFF; see its log"
+        error = "neuronx-cc ended with exit code 0 but wrote no NEFF"
     else:
         content, error = neff.read_bytes(), ""
     name = running.job.name

@@ -119,5 +119,6 @@ def draw(sequences: list[Sequence], llm: LLM) -> str:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python examples/draw_block_table.py FILE.svg")
+        print("usage: python examples/draw_block_table.py FILE.svg", file=sys.stderr)
+        sys.exit(2)
     Path(sys.argv[1]).write_text(draw(*run()), encoding="utf-8")

@@ -27,7 +27,10 @@ COMMANDS = {
     "generate": ("neuron_paged.cli.generate", "generate text from prompts"),
     "compile": ("neuron_paged.cli.compile_command", "compile a model's graphs into a store, ahead of serving"),
     "bundle": ("neuron_paged.cli.bundle", "compiled graphs: ls, verify, push, pull, diff, export, import"),
-    "bench": ("neuron_paged.cli.bench", "benchmarks: throughput, latency, kv-utilisation, engine, kernels, buckets"),
+    "bench": (
+        "neuron_paged.cli.bench",
+        "benchmarks: throughput, latency, kv-utilisation, engine, tensor-parallel, kernels, buckets",
+    ),
     "plan-buckets": ("neuron_paged.cli.plan_buckets", "from a traffic trace to the graphs worth compiling"),
     "kernels": ("neuron_paged.cli.kernels", "NKI kernels: run in the simulator, profile, calibrate, lint"),
     "doctor": ("neuron_paged.cli.doctor", "versions, devices, and which backend would be used and why"),

@@ -185,6 +185,7 @@ def test_one_failure_keeps_its_log_and_stops_nobody(compiler: Compiler, tmp_path
     assert "NCC_EVRF015: a custom call has a target this compiler does not know" in results[0].error
     assert [p.name for p in (tmp_path / "logs").iterdir()] == ["bad.log"]
     assert "unrecognized" in (tmp_path / "logs" / "bad.log").read_text()
+    assert results[0].error.endswith(f"(log: {tmp_path / 'logs' / 'bad.log'})")
 
 
 def test_a_compile_that_ran_out_of_memory_runs_again_alone(compiler: Compiler) -> None:
