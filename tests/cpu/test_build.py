@@ -78,12 +78,12 @@ def test_what_can_not_be_lowered_fails_alone_and_only_that_is_tried_again(store:
 
 def test_an_interrupted_build_goes_on_where_it_stopped(store: Store) -> None:
     child = run_build(store)
-    while len(store.names("graphs")) < 2:
+    while not store.names("graphs"):
         time.sleep(0.01)
     child.send_signal(signal.SIGINT)
     child.wait(30)
     done = len(store.names("graphs"))
-    assert 2 <= done < len(BUCKETS) and list_bundles(store) == ([], []) and store.names("claims") == []
+    assert 1 <= done < len(BUCKETS) and list_bundles(store) == ([], []) and store.names("claims") == []
     before = len(starts())
     bundle = build(store).run()
     assert len(starts()) - before == len(BUCKETS) - done and verify_bundle(store, bundle) == []
