@@ -23,6 +23,7 @@ from compile.store import Store
 from neuron_paged import __version__
 from neuron_paged.config import CacheConfig, SchedulerConfig
 from neuron_paged.engine.bundle_kernels import Operators, cpu_operators, neuron_operators
+from neuron_paged.engine.bundles import DTYPE_NAMES
 from neuron_paged.engine.cache_sizing import choose_num_blocks
 from neuron_paged.engine.graph_fields import cpu_fields, neuron_fields
 from neuron_paged.engine.graph_source import lower_buckets
@@ -37,7 +38,6 @@ from nki_kernels.layout import KVCacheLayout
 # The number of KV blocks is part of every graph, so it must not depend on the machine that compiles.
 DEFAULT_KV_CACHE_BYTES = 2**30  # or one sequence's, if that is more
 BuildTarget = Literal["cpu", Target]
-_TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -156,8 +156,8 @@ def plan_build(
     if target == "cpu" and tensor_parallel_size != 1:
         raise ConfigError(f"tensor_parallel: got {tensor_parallel_size} for target cpu, need 1: it is one device.")
     check_tensor_parallel_size(tensor_parallel_size, config)
-    name = _TORCH_NAMES[("fp32" if target == "cpu" else "bf16") if dtype == "auto" else dtype]
-    kv_dtype = name if cache.kv_cache_dtype == "auto" else _TORCH_NAMES.get(cache.kv_cache_dtype, "")
+    name = DTYPE_NAMES[("fp32" if target == "cpu" else "bf16") if dtype == "auto" else dtype]
+    kv_dtype = name if cache.kv_cache_dtype == "auto" else DTYPE_NAMES.get(cache.kv_cache_dtype, "")
     if not kv_dtype:
         raise ConfigError(
             f"kv_cache_dtype: got {cache.kv_cache_dtype!r}, graphs need 'auto', 'fp32', 'bf16' or 'fp16'."

@@ -15,7 +15,7 @@ from neuron_paged.models.config import ModelConfig
 from neuron_paged.models.graph_plans import GraphModel, PlansFor
 
 _SHORT_NAMES: dict[str, Literal["fp32", "bf16", "fp16"]] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-_DTYPE_NAMES: dict[str, str] = {short: name for name, short in _SHORT_NAMES.items()}
+DTYPE_NAMES: dict[str, str] = {short: name for name, short in _SHORT_NAMES.items()}
 # Options of `neuron-paged compile` that set a field of a bundle's key (see graph_fields).
 _OPTIONS = {
     "model.dtype": "--dtype",
@@ -115,9 +115,9 @@ def wanted_fields(
     fields_here: Callable[[GraphModel], Fields],
 ) -> Fields:
     """Fields of a bundle's key that are settled; those that were not given are left out."""
-    name = _DTYPE_NAMES.get(dtype, "float32")
+    name = DTYPE_NAMES.get(dtype, "float32")
     kv_name = cache.get("kv_cache_dtype", "auto")
-    kv_dtype = _DTYPE_NAMES.get(kv_name, name)
+    kv_dtype = DTYPE_NAMES.get(kv_name, name)
     open_value = 0
     model = GraphModel(
         config,

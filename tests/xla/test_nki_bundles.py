@@ -6,7 +6,6 @@ nki is a stand-in on the path of the process that compiles kernels, whose "binar
 by its place; the simulator runs them. neuronx-cc is a stand-in too.
 """
 
-import importlib
 import json
 import os
 import shutil
@@ -38,7 +37,7 @@ from neuron_paged.engine.graph_source import LoweredBefore
 from neuron_paged.engine.model_runner import ModelRunner
 from neuron_paged.models.llama import LlamaModel
 from neuron_paged.models.loader import load_model
-from nki_kernels import simulator
+from tests.cpu.stand_ins.nrtpy_hlo import run_kernel
 from tests.xla.serving import serve
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,20 +93,9 @@ class Binaries:
                 self.scripts[call] = json.loads(graph.artifacts[str(kernel_file(config.encode()))])
 
     def run(self, call: KernelCall, operands: list[np.ndarray], results: list[np.ndarray]) -> None:
-        """As a device would: operands by place, results in the operands' memory where the graph says so."""
         script = self.scripts[call]
-        for result, operand in call.aliases:
-            if results[result].ctypes.data != operands[operand].ctypes.data:
-                results[result][...] = operands[operand]
-            operands[operand] = results[result]
-        module, _, name = script["function"].rpartition(".")
-        arguments = dict(zip(script["operands"], operands, strict=True)) | script["constants"]
-        kernel = getattr(importlib.import_module(module), name)
-        returned = simulator.run(kernel, **arguments, target=script["target"], grid=script["cores"]).outputs
-        self.runs[name] += 1
-        for result, output in zip(results, returned if isinstance(returned, tuple) else (returned,), strict=True):
-            if output is not result:
-                result[...] = output
+        run_kernel(script, call, operands, results)
+        self.runs[script["function"].rpartition(".")[2]] += 1
 
 
 def test_kernels_in_a_bundle_get_their_operands(
